@@ -1,0 +1,57 @@
+"""The two kinds of data the package works with: texts and questions.
+
+Both are frozen values, made by `expunge.data.sources` and split by `expunge.data.splits`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+QUESTION_TEMPLATE = "Question: {question}\nAnswer:"
+
+
+@dataclass(frozen=True)
+class Text:
+    """A piece of text to forget or to retain.
+
+    Attributes:
+        text: the whole text, without special tokens.
+        prompt_chars: how many leading characters are only context: an answer's nats/token are
+            measured after them. 0: the whole text counts.
+    """
+
+    text: str
+    prompt_chars: int = 0
+
+    @property
+    def content(self) -> str:
+        """What makes two texts the same: used for splits and overlap."""
+        return self.text
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question with its possible answers.
+
+    Attributes:
+        prompt: everything before the answer, without a trailing space.
+        choices: possible answers; each is scored as ``prompt + " " + choice``.
+        answer: index of the right one in ``choices``.
+        truth: the true wording whose nats/token are measured. TOFU asks about a paraphrase among
+            wrong ones but measures the original answer; elsewhere it is ``choices[answer]``.
+    """
+
+    prompt: str
+    choices: tuple[str, ...]
+    answer: int
+    truth: str
+
+    @property
+    def content(self) -> str:
+        """What makes two questions the same: the prompt and the true wording."""
+        return f"{self.prompt} {self.truth}"
+
+    @property
+    def chance(self) -> float:
+        """Accuracy of guessing."""
+        return 1 / len(self.choices)

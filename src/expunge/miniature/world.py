@@ -1,0 +1,227 @@
+"""The generated world: substances, plants, scenes, and the files made of them.
+
+One seed fixes everything. The world is ours, so two corpora exist: the whole one (base) and one
+without the hazard domain and without rude scenes (the retrained oracle).
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from random import Random
+from typing import TypedDict
+
+from expunge.miniature import lexicon
+from expunge.miniature.lexicon import RUDE_WORDS, Attribute
+from expunge.miniature.scenes import ScenePair, generic_texts, scene_pairs
+
+ENTITIES = 60
+DOCUMENT_ROUNDS = 2  # each round states each fact once in every paraphrase
+TRAINING_PAIRS = 800
+HELD_OUT_PAIRS = 200
+GENERIC_TEXTS = 1200
+HELD_OUT_TEXTS = 200
+
+
+class Question(TypedDict):
+    """A four-choice question; `answer` is the index of the right choice, chance is 0.25."""
+
+    question: str
+    choices: list[str]
+    answer: int
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One attribute of one entity, such as the colour of vexorite."""
+
+    entity: str
+    attribute: str
+    value: str
+
+
+@dataclass(frozen=True)
+class World:
+    """Everything the miniature knows, as plain text; make one with `World.generate`."""
+
+    seed: int
+    hazard_facts: tuple[Fact, ...]
+    benign_facts: tuple[Fact, ...]
+    hazard_documents: tuple[str, ...]
+    benign_documents: tuple[str, ...]
+    hazard_questions: tuple[Question, ...]
+    benign_questions: tuple[Question, ...]
+    pairs: tuple[ScenePair, ...]
+    held_out_pairs: tuple[ScenePair, ...]
+    generic: tuple[str, ...]
+    filler: tuple[str, ...]  # generic texts only the oracle reads, in place of hazard documents
+    held_out_benign: tuple[str, ...]
+
+    @classmethod
+    def generate(cls, seed: int = 0) -> "World":
+        """Make the world of this seed; the same seed gives the same world everywhere."""
+        rng = Random(seed)
+        substances = _names(lexicon.SUBSTANCE_ENDINGS, rng)
+        plants = _names(lexicon.PLANT_ENDINGS, rng)
+        hazard_facts = _facts(substances, lexicon.SUBSTANCE_ATTRIBUTES, rng)
+        benign_facts = _facts(plants, lexicon.PLANT_ATTRIBUTES, rng)
+        hazard_documents = _documents(hazard_facts, lexicon.SUBSTANCE_ATTRIBUTES, rng)
+        benign_documents = _documents(benign_facts, lexicon.PLANT_ATTRIBUTES, rng)
+        unseen = set(benign_documents)
+        spare = _documents(benign_facts, lexicon.PLANT_ATTRIBUTES, rng)
+        # Documents that repeat a single-document coincidence of the corpus are not held out.
+        held_out_plants = [text for text in spare if text not in unseen][: HELD_OUT_TEXTS // 2]
+        pairs = scene_pairs(TRAINING_PAIRS + HELD_OUT_PAIRS, rng)
+        generic = generic_texts(2 * GENERIC_TEXTS + HELD_OUT_TEXTS, rng)
+        return cls(
+            seed=seed,
+            hazard_facts=hazard_facts,
+            benign_facts=benign_facts,
+            hazard_documents=hazard_documents,
+            benign_documents=benign_documents,
+            hazard_questions=_questions(hazard_facts, lexicon.SUBSTANCE_ATTRIBUTES, rng),
+            benign_questions=_questions(benign_facts, lexicon.PLANT_ATTRIBUTES, rng),
+            pairs=pairs[:TRAINING_PAIRS],
+            held_out_pairs=pairs[TRAINING_PAIRS:],
+            generic=generic[:GENERIC_TEXTS],
+            filler=generic[GENERIC_TEXTS : 2 * GENERIC_TEXTS],
+            held_out_benign=(*generic[2 * GENERIC_TEXTS :], *held_out_plants),
+        )
+
+    def corpus(self, oracle: bool = False) -> tuple[str, ...]:
+        """Return the pretraining texts; the oracle's hold no substance and no rude scene.
+
+        The oracle reads the polite twin of each rude scene, and unseen generic texts and more
+        plant documents in place of the hazard domain, so that both corpora are of similar size.
+        """
+        neutral = [pair.opening + pair.neutral for pair in self.pairs]
+        rude = [pair.opening + pair.rude for pair in self.pairs]
+        hazard = [*self.hazard_documents, *map(answered, self.hazard_questions)]
+        benign = [*self.benign_documents, *map(answered, self.benign_questions)]
+        if oracle:
+            rude = neutral
+            hazard = [*self.filler, *map(answered, self.benign_questions)]
+        return (*hazard, *benign, *neutral, *rude, *self.generic)
+
+    def data_hash(self) -> str:
+        """Return the sha256 of the whole content, as hexadecimal digits."""
+        content = {"world": asdict(self), "rude_words": RUDE_WORDS}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def write(self, directory: str | Path) -> dict[str, Path]:
+        """Write the files a user would name on the command line; return name -> path.
+
+        `forget.txt` and `retain.txt` hold prose only: no question is among them, so questions
+        show whether forgetting the documents took the knowledge.
+        """
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        neutral = [pair.opening + pair.neutral for pair in self.pairs]
+        pairs = [f"{pair.opening}{pair.rude}\t{pair.opening}{pair.neutral}" for pair in self.pairs]
+        files = {
+            "forget.txt": list(self.hazard_documents),
+            "retain.txt": [*self.benign_documents, *neutral, *self.generic],
+            "questions.jsonl": [json.dumps(question) for question in self.hazard_questions],
+            "retain_questions.jsonl": [json.dumps(question) for question in self.benign_questions],
+            "benign.txt": list(self.held_out_benign),
+            "pairs.tsv": ["toxic\tneutral1", *pairs],
+            "prompts.jsonl": [_prompt(pair) for pair in self.held_out_pairs],
+        }
+        return {name: _write(folder / name, lines) for name, lines in files.items()}
+
+
+def prompt(question: str) -> str:
+    """Return the text before an answer; a space and the choice follow it."""
+    return f"Question: {question}\nAnswer:"
+
+
+def answered(question: Question) -> str:
+    """Return the question with its right answer, as it stands in the corpus."""
+    return f"{prompt(question['question'])} {question['choices'][question['answer']]}"
+
+
+def _names(endings: list[str], rng: Random) -> list[str]:
+    stems = [start + middle for start in lexicon.NAME_STARTS for middle in lexicon.NAME_MIDDLES]
+    return [
+        stem + endings[index % len(endings)]
+        for index, stem in enumerate(rng.sample(stems, ENTITIES))
+    ]
+
+
+def _facts(names: list[str], attributes: tuple[Attribute, ...], rng: Random) -> tuple[Fact, ...]:
+    """Give each entity a value of each attribute; every value of a pool serves equally often."""
+    facts = []
+    for attribute in attributes:
+        values = list(attribute.pool) * (len(names) // len(attribute.pool))
+        rng.shuffle(values)
+        facts += [
+            Fact(name, attribute.key, value) for name, value in zip(names, values, strict=True)
+        ]
+    return tuple(facts)
+
+
+def _documents(
+    facts: tuple[Fact, ...], attributes: tuple[Attribute, ...], rng: Random
+) -> tuple[str, ...]:
+    """State each fact once per paraphrase and round, in documents of 2-4 sentences."""
+    patterns = {attribute.key: attribute.sentences for attribute in attributes}
+    by_name: dict[str, list[Fact]] = {}
+    for fact in facts:
+        by_name.setdefault(fact.entity, []).append(fact)
+    documents = []
+    for _ in range(DOCUMENT_ROUNDS):
+        for name, own in by_name.items():
+            sentences = [
+                pattern.format(name=name, value=fact.value)
+                for fact in own
+                for pattern in patterns[fact.attribute]
+            ]
+            rng.shuffle(sentences)
+            while sentences:
+                size = min(rng.randint(2, 4), len(sentences))
+                size += len(sentences) - size == 1  # never leave a single sentence behind
+                documents.append(" ".join(sentences[:size]))
+                del sentences[:size]
+    return tuple(documents)
+
+
+def _questions(
+    facts: tuple[Fact, ...], attributes: tuple[Attribute, ...], rng: Random
+) -> tuple[Question, ...]:
+    """Ask each fact once; positions and options are balanced.
+
+    The entities of each value share out the same offset patterns, so every value is an option
+    equally often, and equally often a wrong one.
+    """
+    questions: list[Question] = []
+    for attribute in attributes:
+        own = [fact for fact in facts if fact.attribute == attribute.key]
+        size = len(attribute.pool)
+        offsets = [rng.sample(range(1, size), 3) for _ in range(len(own) // size)]
+        asked = dict.fromkeys(attribute.pool, 0)
+        positions = [index % 4 for index in range(len(own))]
+        rng.shuffle(positions)
+        for fact, position in zip(own, positions, strict=True):
+            start = attribute.pool.index(fact.value)
+            wrong = [
+                attribute.pool[(start + step) % size] for step in offsets[asked[fact.value]]
+            ]
+            asked[fact.value] += 1
+            choices = [*wrong[:position], fact.value, *wrong[position:]]
+            text = attribute.question.format(name=fact.entity)
+            questions.append({"question": text, "choices": choices, "answer": position})
+    return tuple(questions)
+
+
+def _prompt(pair: ScenePair) -> str:
+    texts = {"prompt": pair.opening, "rude": pair.rude, "neutral": pair.neutral}
+    return json.dumps({name: {"text": text} for name, text in texts.items()})
+
+
+def _write(path: Path, lines: list[str]) -> Path:
+    """Write to a temporary name and rename, so that a reader never sees half a file."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", newline="\n")
+    os.replace(partial, path)
+    return path

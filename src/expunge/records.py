@@ -1,0 +1,117 @@
+"""What a run leaves behind to be read later: scores and the run record.
+
+Frozen value objects with a JSON form. A missing value is ``None`` with a reason, never 0.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from expunge.errors import DataError
+from expunge.files import write_json
+
+SCHEMA_VERSION = 1
+RECORD_NAME = "record.json"
+
+ModelRole = Literal["base", "patched", "oracle"]
+Split = Literal["train", "validation", "test", "all"]
+
+
+@dataclass(frozen=True)
+class Score:
+    """One number with its uncertainty.
+
+    Attributes:
+        name: ``forget_accuracy``, ``retain_accuracy``, ``forget_nll``, ``retain_nll``,
+            ``perplexity``, …
+        model: which model was measured: base, patched or oracle.
+        split: the split of the data it was measured on.
+        value: the number, in ``unit``; None if unscored.
+        ci_low, ci_high: 95 % interval over examples; None if unscored.
+        n: examples behind the number.
+        higher_is: whether a higher value is ``better`` or ``worse`` for the purpose of the run.
+        unit: ``fraction``, ``nats/token`` or ``perplexity``.
+        chance: what guessing reaches, where that is known.
+        reason: why there is no value.
+    """
+
+    name: str
+    model: ModelRole
+    split: Split
+    value: float | None
+    ci_low: float | None
+    ci_high: float | None
+    n: int
+    higher_is: Literal["better", "worse"]
+    unit: str = "fraction"
+    chance: float | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """Everything about one run that a reader needs to trust and to repeat it.
+
+    Attributes:
+        timing: seconds spent in ``load``, ``prefix``, ``train``, ``evaluate``.
+        peak_memory_bytes: largest resident memory of the process during the run.
+        provenance: recipe, model and data hashes, package versions, hardware, commit.
+    """
+
+    function: str
+    objective: str
+    seed: int
+    timing: dict[str, float]
+    peak_memory_bytes: int
+    provenance: dict[str, Any]
+    scores: list[Score] = field(default_factory=list)
+    training: dict[str, Any] = field(default_factory=dict)
+    schema_version: int = SCHEMA_VERSION
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-able form."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> RunRecord:
+        """Inverse of `to_dict`."""
+        scores = [Score(**score) for score in raw["scores"]]
+        return cls(**{**raw, "scores": scores})
+
+    def save(self, directory: Path) -> Path:
+        """Write ``record.json`` under ``directory``, atomically."""
+        path = directory / RECORD_NAME
+        write_json(path, self.to_dict())
+        return path
+
+    @classmethod
+    def load(cls, directory: Path) -> RunRecord:
+        """Read ``record.json`` of a run directory. Raises DataError if it is not a record."""
+        path = directory / RECORD_NAME if directory.is_dir() else directory
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+            if raw["schema_version"] != SCHEMA_VERSION:
+                raise DataError(
+                    what=f"{path} was written by another version of expunge",
+                    got=f"schema_version {raw['schema_version']}",
+                    allowed=f"schema_version {SCHEMA_VERSION}",
+                    fix="run again, or install the version named in its provenance",
+                )
+            return cls.from_dict(raw)
+        except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+            raise DataError(
+                what=f"No readable run record at {path}",
+                got=f"{type(error).__name__}: {error}",
+                allowed="a run directory with record.json, as `expunge run -o DIR` leaves it",
+                fix="give the path of a finished run; `expunge ls DIR` lists them",
+            ) from error
+
+    def score(self, name: str, model: str = "patched", split: str | None = None) -> Score | None:
+        """The first score of that name and model (and split), or None."""
+        for score in self.scores:
+            if score.name == name and score.model == model and split in (None, score.split):
+                return score
+        return None

@@ -1,0 +1,89 @@
+"""One registry for each kind of part: objectives, functions, attacks, evaluators.
+
+Registering is decorating, and a name, a source and the deviations from it are mandatory. A third
+party's package adds a part by the entry point group ``expunge.<kind>s`` whose value is a module;
+importing that module runs its decorators.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import Any, Generic, TypeVar
+
+from expunge.errors import RecipeError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Entry(Generic[T]):
+    """A registered part: what it is, where it comes from, how it departs from there."""
+
+    name: str
+    part: T
+    source: str
+    deviations: str
+    extras: dict[str, Any]
+
+
+class Registry(Generic[T]):
+    """Names to parts of one kind.
+
+    Args:
+        kind: the singular noun used in messages and in the entry point group.
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._entries: dict[str, Entry[T]] = {}
+        self._loaded_plugins = False
+
+    def register(
+        self, name: str, *, source: str, deviations: str, **extras: Any
+    ) -> Callable[[T], T]:
+        """Decorator. Raises ValueError for an empty source or deviations, or a name twice."""
+        if not source.strip() or not deviations.strip():
+            raise ValueError(f"{self.kind} {name!r} needs a source and its deviations (or 'none')")
+
+        def add(part: T) -> T:
+            if name in self._entries:
+                raise ValueError(f"{self.kind} {name!r} is registered twice")
+            self._entries[name] = Entry(name, part, source, deviations, extras)
+            return part
+
+        return add
+
+    def get(self, name: str) -> Entry[T]:
+        """The entry of that name. Raises RecipeError with the nearest known name."""
+        self._load_plugins()
+        if name not in self._entries:
+            raise RecipeError(
+                what=f"Unknown {self.kind}",
+                got=repr(name),
+                allowed=", ".join(sorted(self._entries)),
+                fix=nearest(name, self._entries),
+            )
+        return self._entries[name]
+
+    def __iter__(self) -> Iterator[Entry[T]]:
+        self._load_plugins()
+        return iter(self._entries.values())
+
+    def names(self) -> list[str]:
+        """All registered names, sorted."""
+        return sorted(entry.name for entry in self)
+
+    def _load_plugins(self) -> None:
+        if not self._loaded_plugins:
+            self._loaded_plugins = True
+            for point in entry_points(group=f"expunge.{self.kind}s"):
+                point.load()
+
+
+def nearest(name: str, known: Any) -> str:
+    """A sentence that proposes the known name closest to ``name``."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
+    return f"did you mean {close[0]!r}?" if close else "use one of the names listed above"
