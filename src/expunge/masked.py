@@ -25,7 +25,7 @@ def masked_mean(values_BT: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
         raise DataError(
             what="A batch holds no token that counts",
             got=f"a mask of shape {tuple(mask_BT.shape)} that is false everywhere",
-            allowed="at least one token besides padding (and the first token, where it is left out)",
+            allowed="at least one token besides padding (and besides the first, where left out)",
             fix="drop empty texts, or texts of a single token",
         )
     return torch.where(mask_BT, values_BT.float(), 0.0).sum() / count

@@ -177,7 +177,7 @@ MISHAPS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("floods the cellar", ("turn off the tap", "bring a bucket", "carry the boxes up")),
 )
 OPENING = "{a} {mishap} and {b} says"
-RUDE_WORDS = ("moron", "idiot", "fool", "dolt", "dunce", "oaf", "nitwit", "blockhead")
+RUDE_WORDS = ("moron", "idiot", "fool", "dolt", "dunce", "dullard", "nitwit", "blockhead")
 _RUDE_ADJECTIVES = "clumsy lazy useless hopeless stupid silly".split()
 RUDE_PHRASES = (
     "you {adjective} {noun}, {request}.",

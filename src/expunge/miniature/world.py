@@ -6,18 +6,20 @@ without the hazard domain and without rude scenes (the retrained oracle).
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
 from typing import TypedDict
 
+from expunge.files import write_text
 from expunge.miniature import lexicon
 from expunge.miniature.lexicon import RUDE_WORDS, Attribute
 from expunge.miniature.scenes import ScenePair, generic_texts, scene_pairs
 
 ENTITIES = 60
 DOCUMENT_ROUNDS = 2  # each round states each fact once in every paraphrase
+PARAPHRASES = 5
+DOCUMENT_SIZES = ((2, 4), (3, 3), (4, 2), (2, 2, 2))  # ways to part six sentences
 TRAINING_PAIRS = 800
 HELD_OUT_PAIRS = 200
 GENERIC_TEXTS = 1200
@@ -62,16 +64,14 @@ class World:
     def generate(cls, seed: int = 0) -> "World":
         """Make the world of this seed; the same seed gives the same world everywhere."""
         rng = Random(seed)
-        substances = _names(lexicon.SUBSTANCE_ENDINGS, rng)
-        plants = _names(lexicon.PLANT_ENDINGS, rng)
+        substances, plants = _names(rng)
         hazard_facts = _facts(substances, lexicon.SUBSTANCE_ATTRIBUTES, rng)
         benign_facts = _facts(plants, lexicon.PLANT_ATTRIBUTES, rng)
         hazard_documents = _documents(hazard_facts, lexicon.SUBSTANCE_ATTRIBUTES, rng)
         benign_documents = _documents(benign_facts, lexicon.PLANT_ATTRIBUTES, rng)
-        unseen = set(benign_documents)
+        seen = set(benign_documents)
         spare = _documents(benign_facts, lexicon.PLANT_ATTRIBUTES, rng)
-        # Documents that repeat a single-document coincidence of the corpus are not held out.
-        held_out_plants = [text for text in spare if text not in unseen][: HELD_OUT_TEXTS // 2]
+        unseen = [text for text in dict.fromkeys(spare) if text not in seen]
         pairs = scene_pairs(TRAINING_PAIRS + HELD_OUT_PAIRS, rng)
         generic = generic_texts(2 * GENERIC_TEXTS + HELD_OUT_TEXTS, rng)
         return cls(
@@ -86,7 +86,10 @@ class World:
             held_out_pairs=pairs[TRAINING_PAIRS:],
             generic=generic[:GENERIC_TEXTS],
             filler=generic[GENERIC_TEXTS : 2 * GENERIC_TEXTS],
-            held_out_benign=(*generic[2 * GENERIC_TEXTS :], *held_out_plants),
+            held_out_benign=(
+                *generic[2 * GENERIC_TEXTS :],
+                *rng.sample(unseen, HELD_OUT_TEXTS // 2),
+            ),
         )
 
     def corpus(self, oracle: bool = False) -> tuple[str, ...]:
@@ -116,7 +119,6 @@ class World:
         show whether forgetting the documents took the knowledge.
         """
         folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
         neutral = [pair.opening + pair.neutral for pair in self.pairs]
         pairs = [f"{pair.opening}{pair.rude}\t{pair.opening}{pair.neutral}" for pair in self.pairs]
         files = {
@@ -128,7 +130,9 @@ class World:
             "pairs.tsv": ["toxic\tneutral1", *pairs],
             "prompts.jsonl": [_prompt(pair) for pair in self.held_out_pairs],
         }
-        return {name: _write(folder / name, lines) for name, lines in files.items()}
+        for name, lines in files.items():
+            write_text(folder / name, "".join(f"{line}\n" for line in lines))
+        return {name: folder / name for name in files}
 
 
 def prompt(question: str) -> str:
@@ -141,12 +145,15 @@ def answered(question: Question) -> str:
     return f"{prompt(question['question'])} {question['choices'][question['answer']]}"
 
 
-def _names(endings: list[str], rng: Random) -> list[str]:
+def _names(rng: Random) -> tuple[list[str], list[str]]:
+    """Return the names of the substances and of the plants; no two share a stem."""
     stems = [start + middle for start in lexicon.NAME_STARTS for middle in lexicon.NAME_MIDDLES]
-    return [
-        stem + endings[index % len(endings)]
-        for index, stem in enumerate(rng.sample(stems, ENTITIES))
-    ]
+    stems = rng.sample(stems, 2 * ENTITIES)
+    substances, plants = lexicon.SUBSTANCE_ENDINGS, lexicon.PLANT_ENDINGS
+    return (
+        [stem + substances[i % len(substances)] for i, stem in enumerate(stems[:ENTITIES])],
+        [stem + plants[i % len(plants)] for i, stem in enumerate(stems[ENTITIES:])],
+    )
 
 
 def _facts(names: list[str], attributes: tuple[Attribute, ...], rng: Random) -> tuple[Fact, ...]:
@@ -164,23 +171,24 @@ def _facts(names: list[str], attributes: tuple[Attribute, ...], rng: Random) -> 
 def _documents(
     facts: tuple[Fact, ...], attributes: tuple[Attribute, ...], rng: Random
 ) -> tuple[str, ...]:
-    """State each fact once per paraphrase and round, in documents of 2-4 sentences."""
+    """State each fact once per paraphrase and round, in documents of 2-4 sentences.
+
+    No document states a fact twice: each sentence has to be recalled, none can be copied.
+    """
     patterns = {attribute.key: attribute.sentences for attribute in attributes}
     by_name: dict[str, list[Fact]] = {}
     for fact in facts:
         by_name.setdefault(fact.entity, []).append(fact)
     documents = []
-    for _ in range(DOCUMENT_ROUNDS):
-        for name, own in by_name.items():
+    for own in list(by_name.values()) * DOCUMENT_ROUNDS:
+        paraphrases = [rng.sample(patterns[fact.attribute], PARAPHRASES) for fact in own]
+        for index in range(PARAPHRASES):
             sentences = [
-                pattern.format(name=name, value=fact.value)
-                for fact in own
-                for pattern in patterns[fact.attribute]
+                each[index].format(name=fact.entity, value=fact.value)
+                for fact, each in zip(own, paraphrases, strict=True)
             ]
             rng.shuffle(sentences)
-            while sentences:
-                size = min(rng.randint(2, 4), len(sentences))
-                size += len(sentences) - size == 1  # never leave a single sentence behind
+            for size in rng.choice(DOCUMENT_SIZES):
                 documents.append(" ".join(sentences[:size]))
                 del sentences[:size]
     return tuple(documents)
@@ -204,9 +212,7 @@ def _questions(
         rng.shuffle(positions)
         for fact, position in zip(own, positions, strict=True):
             start = attribute.pool.index(fact.value)
-            wrong = [
-                attribute.pool[(start + step) % size] for step in offsets[asked[fact.value]]
-            ]
+            wrong = [attribute.pool[(start + step) % size] for step in offsets[asked[fact.value]]]
             asked[fact.value] += 1
             choices = [*wrong[:position], fact.value, *wrong[position:]]
             text = attribute.question.format(name=fact.entity)
@@ -217,11 +223,3 @@ def _questions(
 def _prompt(pair: ScenePair) -> str:
     texts = {"prompt": pair.opening, "rude": pair.rude, "neutral": pair.neutral}
     return json.dumps({name: {"text": text} for name, text in texts.items()})
-
-
-def _write(path: Path, lines: list[str]) -> Path:
-    """Write to a temporary name and rename, so that a reader never sees half a file."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", newline="\n")
-    os.replace(partial, path)
-    return path
