@@ -69,7 +69,7 @@ class World:
         benign_facts = _facts(plants, lexicon.PLANT_ATTRIBUTES, rng)
         hazard_documents = _documents(hazard_facts, lexicon.SUBSTANCE_ATTRIBUTES, rng)
         benign_documents = _documents(benign_facts, lexicon.PLANT_ATTRIBUTES, rng)
-        seen = set(benign_documents)
+        seen = "\n".join(benign_documents)  # a short document may stand inside a longer one
         spare = _documents(benign_facts, lexicon.PLANT_ATTRIBUTES, rng)
         unseen = [text for text in dict.fromkeys(spare) if text not in seen]
         pairs = scene_pairs(TRAINING_PAIRS + HELD_OUT_PAIRS, rng)

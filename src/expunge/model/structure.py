@@ -12,7 +12,7 @@ Shapes: B batch, T tokens, D hidden size.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,10 +30,8 @@ class _StopForwardError(Exception):
 @contextmanager
 def stopping() -> Iterator[None]:
     """Swallow the stop raised by a hook inside the block."""
-    try:
+    with suppress(_StopForwardError):
         yield
-    except _StopForwardError:
-        pass
 
 
 def stop() -> None:

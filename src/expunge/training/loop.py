@@ -1,0 +1,398 @@
+"""The one training loop: plain, resumable, and suspicious of its own success.
+
+Shapes: B batch, T tokens, D hidden size.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from expunge.data.tokens import training_batches
+from expunge.errors import ResourceError, TrainingError
+from expunge.files import disk_errors
+from expunge.model.boundaries import BoundaryBatch, BoundaryStore
+from expunge.model.memory import is_out_of_memory
+from expunge.model.segment import Segment
+from expunge.objectives.base import Captured, Loss, Objective
+from expunge.objectives.retain import add_noise
+from expunge.objectives.targets import TargetKind, Targets
+from expunge.training.state import Optimiser, TrainingState
+from expunge.training.tradeoff import Tradeoff
+
+FirstToken = Literal["retain", "both", "neither"]
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """How one run trains.
+
+    Attributes:
+        steps: optimiser steps.
+        lr: AdamW's learning rate.
+        batch_size: forget texts, and retain texts, behind one step.
+        micro_batch_size: texts that go through the segment together; 0: all of the batch, halved
+            when memory runs out. The gradient is accumulated, so the step stays the same.
+        weight_decay: AdamW's, 0 by default: decay would move weights that no term asks to move.
+        seed: of the batches' order, the targets and the noise.
+        target: kind of target direction.
+        rna_noise: standard deviation of the noise on the retain reference.
+        first_token: whose first token counts. It is the attention sink in many models, with a
+            norm far above all others and the same for every text, so steering it away would break
+            retain texts as well; by default only the retain term sees it.
+        master_weights: keep float32 copies of narrower weights.
+        save_every: steps between saved states.
+    """
+
+    steps: int
+    lr: float
+    batch_size: int
+    micro_batch_size: int = 0
+    weight_decay: float = 0.0
+    seed: int = 0
+    target: TargetKind = "positive"
+    rna_noise: float = 0.0
+    first_token: FirstToken = "retain"
+    master_weights: bool = True
+    save_every: int = 25
+
+
+@dataclass(frozen=True)
+class StepLog:
+    """One line of ``losses.jsonl``. ``loss`` is the weighed sum; seconds are of this step alone."""
+
+    step: int
+    topic: int
+    loss: float
+    forget: float
+    retain: float
+    gradient_norm: float
+    seconds: float
+    logs: dict[str, float]
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """Trained weights (name -> tensor on the CPU, the model's dtype) and what was seen."""
+
+    weights: dict[str, Tensor]
+    log: tuple[StepLog, ...]
+    micro_batch_size: int
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Where a run keeps its unfinished state; None keeps nothing."""
+
+    state: Path | None = None
+    losses: Path | None = None
+
+
+class _Order:
+    """Which texts make the batch of a step: epoch after epoch, a new shuffle for each."""
+
+    def __init__(self, store: BoundaryStore, batch_size: int, seed: int) -> None:
+        self.lengths = [len(ids) for ids in store.texts]
+        self.batch_size, self.seed = batch_size, seed
+        self._epochs: dict[int, list[tuple[int, ...]]] = {}
+
+    def batch(self, number: int) -> tuple[int, ...]:
+        per_epoch = len(self._epoch(0))
+        return self._epoch(number // per_epoch)[number % per_epoch]
+
+    def _epoch(self, epoch: int) -> list[tuple[int, ...]]:
+        if epoch not in self._epochs:
+            self._epochs[epoch] = training_batches(
+                len(self.lengths),
+                batch_size=self.batch_size,
+                seed=self.seed * 100_003 + epoch,
+                lengths=self.lengths,
+            )
+        return self._epochs[epoch]
+
+
+class Trainer:
+    """One run over prepared boundaries.
+
+    Args:
+        segment: the cut model.
+        forget: one computed store for each topic; topics alternate by step.
+        retain: a computed store that holds the reference.
+        objective: a registered objective with its settings bound: ``(forget, retain) -> Loss``.
+        tradeoff: weighs the two terms.
+        settings: of the run.
+        hidden_size: D.
+    """
+
+    def __init__(
+        self,
+        segment: Segment,
+        forget: Sequence[BoundaryStore],
+        retain: BoundaryStore,
+        *,
+        objective: Objective,
+        tradeoff: Tradeoff,
+        settings: TrainingSettings,
+    ) -> None:
+        self.segment, self.forget, self.retain = segment, forget, retain
+        self.objective, self.tradeoff, self.settings = objective, tradeoff, settings
+        self.targets = Targets(settings.target, settings.seed, segment.structure.hidden_size)
+        self.micro_batch_size = settings.micro_batch_size
+        order = partial(_Order, batch_size=settings.batch_size)
+        self._forget_order = [order(store, seed=settings.seed) for store in forget]
+        self._retain_order = order(retain, seed=settings.seed + 1)
+        self._first_norm: dict[int, float] = {}
+
+    def run(
+        self,
+        stage: Stage = Stage(),
+        on_step: Callable[[StepLog], None] = lambda _log: None,
+    ) -> TrainingResult:
+        """Train, or go on where a saved state of the same run stopped.
+
+        The model holds its original weights again when this returns or raises.
+
+        Raises:
+            TrainingError: loss or gradient is not finite (the last good state is kept), no weight
+                changed, or the loss is constant.
+            ResourceError: out of memory with a single text at a time.
+        """
+        with self.segment.training() as weights:
+            optimiser = Optimiser(
+                weights,
+                lr=self.settings.lr,
+                weight_decay=self.settings.weight_decay,
+                master=self.settings.master_weights,
+            )
+            originals = {name: p.detach().clone() for name, p in weights.items()}
+            log = self._resume(stage, optimiser)
+            save = partial(self._save, stage, optimiser)
+            try:
+                for step in range(len(log), self.settings.steps):
+                    entry = self._step(step, optimiser)
+                    log.append(entry)
+                    _append(stage.losses, entry)
+                    if step == 0:
+                        _check_moved(originals, weights, self.settings)
+                    if (step + 1) % self.settings.save_every == 0:
+                        save(step + 1)
+                    on_step(entry)
+            except (KeyboardInterrupt, TrainingError):
+                save(len(log))
+                raise
+            save(len(log))
+            _check_moved(originals, weights, self.settings)
+            _check_varies(log)
+            trained = {name: p.detach().cpu().clone() for name, p in weights.items()}
+        return TrainingResult(trained, tuple(log), self.micro_batch_size)
+
+    def _step(self, step: int, optimiser: Optimiser) -> StepLog:
+        start = time.perf_counter()
+        topic = step % len(self.forget)
+        forget = self._forget_order[topic].batch(step // len(self.forget))
+        retain = self._retain_order.batch(step)
+        while True:
+            optimiser.zero_grad()
+            try:
+                values = self._accumulate(step, topic, forget, retain)
+                break
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                self._halve(error)
+        norm = optimiser.gradient_norm()
+        if not math.isfinite(values["loss"]) or not math.isfinite(norm):
+            raise TrainingError(
+                what=f"The loss or its gradient is not finite at step {step}",
+                got=f"loss {values['loss']}, gradient norm {norm}",
+                allowed="finite numbers",
+                fix="lower lr; the state before this step is kept in the run's folder",
+            )
+        optimiser.step()
+        main = {key: values.pop(key) for key in ("loss", "forget", "retain")}
+        seconds = time.perf_counter() - start
+        return StepLog(step, topic, **main, gradient_norm=norm, seconds=seconds, logs=values)
+
+    def _accumulate(
+        self, step: int, topic: int, forget: Sequence[int], retain: Sequence[int]
+    ) -> dict[str, float]:
+        """Forward and backward of one step, in pieces that together weigh as the whole batch."""
+        micro = self.micro_batch_size or max(len(forget), len(retain))
+        pieces = -(-max(len(forget), len(retain)) // micro)
+        pieces = min(pieces, len(forget), len(retain))
+        weights = self.tradeoff.at(step, self.settings.steps)
+        noise = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + step)
+        forget_tokens = self._count(self.forget[topic], forget, "forget")
+        retain_tokens = self._count(self.retain, retain, "retain")
+        totals: dict[str, float] = {}
+        for piece in range(pieces):
+            forget_part = self._captured(topic, _share(forget, piece, pieces))
+            retain_part = self._captured(None, _share(retain, piece, pieces), noise)
+            loss: Loss = self.objective(forget_part, retain_part)
+            forget_share = int(forget_part.mask_BT.sum()) / forget_tokens
+            retain_share = int(retain_part.mask_BT.sum()) / retain_tokens
+            total = loss.total(
+                forget_weight=weights.forget * forget_share,
+                retain_weight=weights.retain * retain_share,
+            )
+            total.backward()  # type: ignore[no-untyped-call]
+            found = {"loss": total, "forget": loss.forget * forget_share}
+            found["retain"] = loss.retain * retain_share
+            found |= {
+                key: value * (retain_share if key.endswith("retain") else forget_share)
+                for key, value in loss.logs.items()
+            }
+            for key, value in found.items():
+                totals[key] = totals.get(key, 0.0) + float(value.detach())
+        return totals
+
+    def _captured(
+        self, topic: int | None, indices: Sequence[int], noise: torch.Generator | None = None
+    ) -> Captured:
+        """Activations of some texts of a topic, or with ``topic`` None of retain texts."""
+        store = self.retain if topic is None else self.forget[topic]
+        batch = store.batch(indices)
+        acts = self.segment.forward(batch.boundary, batch.ids_BT, batch.mask_BT)
+        reference = dict(batch.boundary.reference)
+        if topic is None:
+            assert noise is not None
+            noisy = add_noise(reference, std=self.settings.rna_noise, generator=noise)
+            return Captured(acts, noisy, self._mask(batch, "retain"))
+        target = self.targets.at(topic, batch.ids_BT)
+        mask_BT = self._mask(batch, "forget")
+        if reference and not self._first_norm:
+            self._first_norm = {
+                layer: float(h0.float().norm(dim=-1)[mask_BT].mean())
+                for layer, h0 in reference.items()
+            }
+        targets = dict.fromkeys(acts, target)
+        return Captured(acts, reference, mask_BT, targets, self._first_norm)
+
+    def _drops_first(self, role: str) -> bool:
+        first = self.settings.first_token
+        return first == "neither" or (first == "retain" and role == "forget")
+
+    def _mask(self, batch: BoundaryBatch, role: str) -> Tensor:
+        mask_BT = batch.mask_BT.clone()
+        if self._drops_first(role):
+            mask_BT[:, 0] = False
+        return mask_BT
+
+    def _count(self, store: BoundaryStore, indices: Sequence[int], role: str) -> int:
+        return sum(len(store.texts[i]) - self._drops_first(role) for i in indices)
+
+    def _halve(self, error: BaseException) -> None:
+        size = self.micro_batch_size or self.settings.batch_size
+        if size == 1:
+            raise ResourceError(
+                what="Out of memory in a training step, with a single text at a time",
+                got=str(error).splitlines()[0] if str(error) else type(error).__name__,
+                allowed="a text that fits",
+                fix="lower max_tokens, use dtype bfloat16, or a machine with more memory",
+            ) from error
+        self.micro_batch_size = size // 2
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _save(self, stage: Stage, optimiser: Optimiser, step: int) -> None:
+        if stage.state is not None:
+            TrainingState(
+                step,
+                optimiser.weights,
+                optimiser.tensors(),
+                self._first_norm,
+                self.micro_batch_size,
+            ).save(stage.state)
+
+    @torch.no_grad()
+    def _resume(self, stage: Stage, optimiser: Optimiser) -> list[StepLog]:
+        """Restore the saved state, if any; returns the log up to it."""
+        if stage.state is None or not stage.state.exists():
+            if stage.losses is not None:
+                stage.losses.unlink(missing_ok=True)
+            return []
+        state = TrainingState.load(stage.state)
+        for name, parameter in optimiser.weights.items():
+            parameter.copy_(state.weights[name])
+        optimiser.restore(state.optimiser)
+        self._first_norm = dict(state.first_norm)
+        self.micro_batch_size = state.micro_batch_size
+        log = read_losses(stage.losses)[: state.step] if stage.losses is not None else []
+        if len(log) < state.step:
+            raise TrainingError(
+                what="The log of this run is shorter than its saved state",
+                got=f"{len(log)} lines in losses.jsonl, state after {state.step} steps",
+                allowed="a line for each step done",
+                fix="start again with --fresh",
+            )
+        if stage.losses is not None:
+            _rewrite(stage.losses, log)
+        return log
+
+
+def read_losses(path: Path) -> list[StepLog]:
+    """The lines of a ``losses.jsonl``; a half-written last line is left out."""
+    if not path.exists():
+        return []
+    log = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            log.append(StepLog(**json.loads(line)))
+        except (json.JSONDecodeError, TypeError):
+            break
+    return log
+
+
+def _line(entry: StepLog) -> str:
+    return json.dumps(asdict(entry)) + "\n"
+
+
+def _append(path: Path | None, entry: StepLog) -> None:
+    # The one file that grows in place: a torn last line is recognised when it is read.
+    if path is not None:
+        with disk_errors(path), path.open("a", encoding="utf-8") as handle:
+            handle.write(_line(entry))
+
+
+def _rewrite(path: Path, log: Sequence[StepLog]) -> None:
+    from expunge.files import write_text
+
+    write_text(path, "".join(_line(entry) for entry in log))
+
+
+def _share(indices: Sequence[int], piece: int, pieces: int) -> Sequence[int]:
+    """The piece-th of ``pieces`` nearly equal parts; none is empty when pieces <= len."""
+    n = len(indices)
+    return indices[piece * n // pieces : (piece + 1) * n // pieces]
+
+
+def _check_moved(
+    originals: Mapping[str, Tensor], weights: Mapping[str, Any], settings: TrainingSettings
+) -> None:
+    if all(torch.equal(originals[name], p.detach()) for name, p in weights.items()):
+        raise TrainingError(
+            what="No trained weight has changed",
+            got=f"lr {settings.lr}, {len(weights)} matrices equal to the base's",
+            allowed="at least one changed weight",
+            fix="raise lr; for a narrow dtype keep master_weights on",
+        )
+
+
+def _check_varies(log: Sequence[StepLog]) -> None:
+    losses = [entry.loss for entry in log]
+    if len(losses) > 1 and max(losses) == min(losses):
+        raise TrainingError(
+            what="The loss was the same at every step, so nothing was learned",
+            got=f"loss {losses[0]} for {len(losses)} steps",
+            allowed="a loss that moves",
+            fix="check the layer and the objective's settings; a term may be saturated",
+        )
