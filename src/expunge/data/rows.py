@@ -110,9 +110,9 @@ def lookup(row: Row, field: str) -> Any:
     """The value of a column; a dot reaches into a nested value. Raises RowError if absent."""
     if field in row:
         return row[field]
-    head, dot, rest = field.partition(".")
-    if dot and isinstance(row.get(head), Mapping):
-        return lookup(row[head], rest)
+    for name, value in row.items():
+        if field.startswith(f"{name}.") and isinstance(value, Mapping):
+            return lookup(value, field[len(name) + 1 :])
     raise RowError(f"no column {field!r}")
 
 
@@ -168,5 +168,5 @@ def _position(row: Row, n_choices: int) -> int:
         value = int(text) if text.isascii() and text.isdigit() else letter
     whole = isinstance(value, int) and not isinstance(value, bool)
     if not whole or not 0 <= value < n_choices:
-        raise RowError(f"answer {row['answer']!r} is not {allowed}")
+        raise RowError(f"answer {repr(row['answer'])[:40]} is not {allowed}")
     return int(value)

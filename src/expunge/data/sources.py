@@ -231,7 +231,7 @@ def _refuse(
         got = f"{count} of {read} rows: {_named(skipped)}; columns found: {', '.join(found) or '-'}"
     fix = "check that this is the right file, and that it is whole"
     if with_field and found:
-        likely = max(found, key=lambda column: len(str(lookup(sample, column))))
+        likely = max(found, key=lambda column: len(str(lookup(sample, column)).split()))
         fix = f"name the column that holds the text, as field={likely!r}, or check the file"
     raise DataError(what=what, got=got, allowed=f"columns {expected}", fix=fix)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 import os
 import re
@@ -16,7 +15,6 @@ from typing import Any
 
 import psutil
 import torch
-from torch import nn
 
 from expunge.errors import ModelError, PatchError, ResourceError
 from expunge.files import disk_errors, write_json
@@ -24,17 +22,18 @@ from expunge.model.patch import BaseTensor, Patch, add, causal_lm_name, mismatch
 from expunge.model.shards import (
     BLOCK_BYTES,
     FLOATS,
+    INDEX,
+    SINGLE,
     TensorInfo,
     dtype_name,
     fingerprint,
     raw_bytes,
-    read_header,
+    read_json,
+    read_tensors,
 )
 
 __all__ = ["Checkpoint", "apply_patch", "causal_lm_name", "fingerprint", "open_model"]
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 PATCH_INFO = "expunge.json"
 DOWNLOADED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*"]
 # Weights in other forms: some can run code, and all would carry the unpatched function along.
@@ -68,9 +67,9 @@ class Checkpoint:
         path = Path(directory)
         if not path.is_dir():
             path = _download(str(directory))
-        config = _read_json(path / "config.json", "a model directory has a config.json")
+        config = read_json(path / "config.json", "a model directory has a config.json")
         _check_causal_lm(path, config)
-        return cls(path, config, _read_tensors(path))
+        return cls(path, config, read_tensors(path))
 
     def resolve(self, parameter_name: str) -> str:
         """The name on disk of a loaded causal LM's parameter.
@@ -140,9 +139,9 @@ def open_model(
     common = {"local_files_only": True, "trust_remote_code": trust_remote_code}
     with _quiet(), _load_errors(path, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(path, **common)
-        # transformers makes an empty tokenizer where its files are missing.
-        if not tokenizer("a b c")["input_ids"] or len(tokenizer) < 2:
-            raise ValueError(f"a tokenizer of {len(tokenizer)} words that gives no tokens")
+        # Where the files are missing, transformers makes one that knows its special tokens only.
+        if len(tokenizer) <= len(tokenizer.get_added_vocab()):
+            raise ValueError("no vocabulary: the tokenizer files are missing")
     with _quiet(), _load_errors(path, "model"):
         config = AutoConfig.from_pretrained(path, **common)
         factory = AutoModelForCausalLM
@@ -155,11 +154,13 @@ def open_model(
             use_safetensors=True,
             attn_implementation=attn_implementation,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # to tell which, below
             **common,
         )
-        # transformers would only warn, and fill them with random numbers.
-        if report["missing_keys"]:
-            raise ValueError(f"no weights for {', '.join(sorted(report['missing_keys'])[:5])}")
+        # transformers fills them with random numbers.
+        wrong = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
+        if wrong:
+            raise ValueError(f"no weights, or of another shape, for {', '.join(wrong[:5])}")
         return model.to(device).eval(), tokenizer
 
 
@@ -246,21 +247,6 @@ def _download(name: str) -> Path:
     )
 
 
-def _read_json(path: Path, allowed: str) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(value, dict):
-            raise ValueError("not a JSON object")
-        return value
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            what=f"{path.name} cannot be read in {path.parent}",
-            got=f"{type(error).__name__}: {error}",
-            allowed=allowed,
-            fix="give the directory that save_pretrained wrote, or download the model again",
-        ) from error
-
-
 def _check_causal_lm(path: Path, config: dict[str, Any]) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as KNOWN
 
@@ -275,61 +261,6 @@ def _check_causal_lm(path: Path, config: dict[str, Any]) -> None:
             allowed="an architecture that AutoModelForCausalLM knows, saved with its head",
             fix="choose a decoder such as Llama, Qwen, Gemma, OLMo, Phi or GPT-2",
         )
-
-
-def _read_tensors(path: Path) -> dict[str, TensorInfo]:
-    """Headers of all shards. transformers, too, prefers the single file to the index."""
-    single, index = path / SINGLE, path / INDEX
-    if single.exists():
-        return _header(single)
-    if not index.exists():
-        pickles = sorted(file.name for file in path.glob("*.bin"))
-        raise ModelError(
-            what=f"There are no safetensors weights in {path}",
-            got=", ".join(pickles) or "neither " + SINGLE + " nor " + INDEX,
-            allowed="safetensors; pickle files (.bin, .pt) can run code and are refused",
-            fix="convert with model.save_pretrained(DIR) in a place where you trust the file",
-        )
-    weight_map = _read_json(index, 'an index with a "weight_map"').get("weight_map")
-    weight_map = weight_map if isinstance(weight_map, dict) else {}
-    shards = sorted({str(shard) for shard in weight_map.values()})
-    missing = [shard for shard in shards if not (path / shard).is_file()]
-    outside = [shard for shard in shards if Path(shard).name != shard]
-    if not shards or missing or outside:
-        raise ModelError(
-            what=f"The index of {path} names shards that are not there",
-            got=", ".join(outside or missing) or "no shard at all",
-            allowed="every shard beside its index",
-            fix="download the missing files; an interrupted download leaves such a directory",
-        )
-    tensors: dict[str, TensorInfo] = {}
-    for shard in shards:
-        tensors |= _header(path / shard)
-    wrong = [
-        name
-        for name, shard in weight_map.items()
-        if name not in tensors or tensors[name].file.name != shard
-    ]
-    if wrong:
-        raise ModelError(
-            what=f"Index and shards of {path} disagree",
-            got=f"{wrong[0]} is not in {weight_map[wrong[0]]} alone",
-            allowed="each tensor in the shard that the index names",
-            fix="download the model again; files of two revisions may be mixed",
-        )
-    return tensors
-
-
-def _header(path: Path) -> dict[str, TensorInfo]:
-    try:
-        return read_header(path)[0]
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            what=f"{path} is no whole safetensors file",
-            got=str(error),
-            allowed="a complete file; Git LFS pointers and interrupted downloads are not",
-            fix="download the file again",
-        ) from error
 
 
 def _is_prefixed(name: str, tail: str) -> bool:
@@ -356,9 +287,16 @@ def _truncated(config: Any, layers: int) -> Any:
             allowed=f"1 to {total}",
             fix="choose a layer that the model has",
         )
-    # Late layers that reuse the keys of earlier ones are counted from the end.
-    if shared := getattr(text, "num_kv_shared_layers", None):
-        text.num_kv_shared_layers = max(0, shared - (total - layers))
+    # Gemma 3n and 4 tie the first layers to the number of all: late ones reuse early keys, and
+    # one tensor holds something for each layer.
+    whole_only = ("num_kv_shared_layers", "hidden_size_per_layer_input")
+    if layers < total and any(getattr(text, key, None) for key in whole_only):
+        raise ModelError(
+            what="This architecture cannot be opened truncated",
+            got=f"{text.model_type}, with layers that share keys or per-layer embeddings",
+            allowed="decoders whose first layers do not depend on the later ones",
+            fix="open the whole model, or choose another base model",
+        )
     # One entry for each layer: layer_types, attention_layers, no_rope_layers, …
     for key, value in vars(text).items():
         if isinstance(value, list) and len(value) == total and re.search("layer|pattern", key):

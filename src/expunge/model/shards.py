@@ -1,4 +1,4 @@
-"""safetensors files, read and overwritten without loading them.
+"""safetensors files and directories of them: what they hold, without loading it.
 
 A file is 8 bytes (the header's length, little-endian), the header (JSON: name -> dtype, shape,
 data_offsets; ``__metadata__`` holds strings), then the data. Nothing in it can run code.
@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from expunge.errors import ModelError
 from expunge.files import replacing
 
 FLOATS = {
@@ -42,6 +43,8 @@ DTYPES = FLOATS | {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 LENGTH_BYTES = 8
 # The format's own limit; a larger number means that the first bytes are not a length.
 MAX_HEADER_BYTES = 100_000_000
@@ -106,6 +109,69 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     return tensors, metadata
 
 
+def read_tensors(path: Path) -> dict[str, TensorInfo]:
+    """The tensors of a model directory, by name, from the headers of its shards.
+
+    transformers, too, prefers the single file to the index. Raises ModelError if there are no
+    safetensors, or shards are missing, damaged, or do not agree with their index.
+    """
+    single, index = path / SINGLE, path / INDEX
+    if single.exists():
+        return _header(single)
+    if not index.exists():
+        pickles = sorted(file.name for file in path.glob("*.bin"))
+        raise ModelError(
+            what=f"There are no safetensors weights in {path}",
+            got=", ".join(pickles) or "neither " + SINGLE + " nor " + INDEX,
+            allowed="safetensors; pickle files (.bin, .pt) can run code and are refused",
+            fix="convert with model.save_pretrained(DIR) in a place where you trust the file",
+        )
+    weight_map = read_json(index, 'an index with a "weight_map"').get("weight_map")
+    weight_map = weight_map if isinstance(weight_map, dict) else {}
+    shards = sorted({str(shard) for shard in weight_map.values()})
+    missing = [shard for shard in shards if not (path / shard).is_file()]
+    outside = [shard for shard in shards if Path(shard).name != shard]
+    if not shards or missing or outside:
+        raise ModelError(
+            what=f"The index of {path} names shards that are not there",
+            got=", ".join(outside or missing) or "no shard at all",
+            allowed="every shard beside its index",
+            fix="download the missing files; an interrupted download leaves such a directory",
+        )
+    tensors: dict[str, TensorInfo] = {}
+    for shard in shards:
+        tensors |= _header(path / shard)
+    wrong = [
+        name
+        for name, shard in weight_map.items()
+        if name not in tensors or tensors[name].file.name != shard
+    ]
+    if wrong:
+        raise ModelError(
+            what=f"Index and shards of {path} disagree",
+            got=f"{wrong[0]} is not in {weight_map[wrong[0]]} alone",
+            allowed="each tensor in the shard that the index names",
+            fix="download the model again; files of two revisions may be mixed",
+        )
+    return tensors
+
+
+def read_json(path: Path, allowed: str) -> dict[str, Any]:
+    """A JSON object that a model directory must have; ModelError says what was ``allowed``."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError("not a JSON object")
+        return value
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            what=f"{path.name} cannot be read in {path.parent}",
+            got=f"{type(error).__name__}: {error}",
+            allowed=allowed,
+            fix="give the directory that save_pretrained wrote, or download the model again",
+        ) from error
+
+
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
     """Write a safetensors file, atomically. Raises ResourceError on a full disk."""
     with replacing(path) as temporary:
@@ -137,6 +203,18 @@ def fingerprint(tensor: Tensor, dtype: torch.dtype) -> str:
 def dtype_name(dtype: torch.dtype) -> str:
     """``torch.bfloat16`` -> ``bfloat16``."""
     return str(dtype).removeprefix("torch.")
+
+
+def _header(path: Path) -> dict[str, TensorInfo]:
+    try:
+        return read_header(path)[0]
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            what=f"{path} is no whole safetensors file",
+            got=str(error),
+            allowed="a complete file; Git LFS pointers and interrupted downloads are not",
+            fix="download the file again",
+        ) from error
 
 
 def _digest(dtype: torch.dtype, shape: tuple[int, ...]) -> hashlib._Hash:

@@ -1,0 +1,68 @@
+"""What a language function is to the rest of the package: data roles, a default objective."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from expunge.data.text import Question, Text
+from expunge.records import Split
+from expunge.registry import Registry
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Where the data is and how it is divided; the data part of a recipe."""
+
+    forget: tuple[str, ...]
+    retain: tuple[str, ...]
+    questions: str | None = None
+    retain_questions: str | None = None
+    text: str | None = None
+    field: str | None = None
+    on_overlap: Literal["refuse", "drop"] = "refuse"
+    validation_share: float = 0.2
+    held_back_share: float = 0.1
+    max_texts: int = 4000
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What is measured on one split."""
+
+    forget_questions: tuple[Question, ...] = ()
+    retain_questions: tuple[Question, ...] = ()
+    forget_texts: tuple[Text, ...] = ()
+    retain_texts: tuple[Text, ...] = ()
+    perplexity_texts: tuple[Text, ...] = ()
+
+
+@dataclass(frozen=True)
+class FunctionData:
+    """All data of one run, in roles.
+
+    Attributes:
+        forget: training texts, a tuple for each topic.
+        retain: training texts to keep.
+        measured: validation (for choices) and test (touched once), disjoint.
+        notes: what was left out and why, for the user.
+        hashes: source -> SHA-256 of its content.
+    """
+
+    forget: tuple[tuple[Text, ...], ...]
+    retain: tuple[Text, ...]
+    measured: Mapping[Split, Measured]
+    notes: tuple[str, ...] = ()
+    hashes: Mapping[str, str] = field(default_factory=dict)
+
+
+Loader = Callable[[DataSettings], FunctionData]
+FUNCTIONS: Registry[Loader] = Registry("function")
+
+
+def function(
+    name: str, *, source: str, deviations: str, objective: str
+) -> Callable[[Loader], Loader]:
+    """Register a language function: a loader of its data, and its default objective."""
+    return FUNCTIONS.register(name, source=source, deviations=deviations, objective=objective)

@@ -1,0 +1,197 @@
+"""The settings of one run, validated at the edge, and their YAML form.
+
+Components below receive plain values; only `expunge.run` and the command line see a recipe.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from expunge.errors import RecipeError
+from expunge.files import write_text
+from expunge.objectives.targets import TargetKind
+from expunge.registry import nearest
+from expunge.training.loop import FirstToken
+from expunge.training.tradeoff import TradeoffKind
+
+Auto = Literal["auto"]
+
+
+class Recipe(BaseModel):
+    """One run: model, data, objective, training, evaluation. Every field has a description."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    function: str = Field("knowledge", description="language function to remove")
+    model: str = Field(description="model directory (safetensors), or a hub name")
+    objective: str | None = Field(None, description="objective; default: the function's own")
+    objective_settings: dict[str, bool | int | float | str] = Field(
+        default_factory=dict, description="settings of the objective, by name"
+    )
+
+    forget: tuple[str, ...] = Field(min_length=1, description="texts to forget; a topic each")
+    retain: tuple[str, ...] = Field(min_length=1, description="texts to keep")
+    questions: str | None = Field(None, description="questions on the forgotten knowledge")
+    retain_questions: str | None = Field(None, description="questions on what must stay")
+    text: str | None = Field(
+        None, description="text for perplexity; default: held-back retain documents"
+    )
+    field: str | None = Field(None, description="column that holds the text, if not recognised")
+    on_overlap: Literal["refuse", "drop"] = Field(
+        "refuse", description="what to do with retain texts that are forget texts too"
+    )
+    validation_share: float = Field(
+        0.2, gt=0, lt=1, description="share of the questions used for choices, not for the result"
+    )
+    held_back_share: float = Field(
+        0.1, gt=0, lt=0.5, description="share of the texts held back for each of validation, test"
+    )
+    max_texts: int = Field(
+        4000, ge=1, description="largest number of texts to train on, for each topic and retain"
+    )
+    max_tokens: int = Field(512, ge=2, description="longest text in tokens; the rest is cut off")
+
+    layer: int | Auto = Field("auto", description="deepest layer read, 0-based")
+    trained_layers: tuple[int, ...] | None = Field(
+        None, description="layers whose projection is trained; default: layer-2 to layer"
+    )
+    steps: int = Field(150, ge=1, description="optimiser steps")
+    lr: float | Auto = Field("auto", description="learning rate of AdamW")
+    batch_size: int = Field(16, ge=1, description="forget texts and retain texts of one step")
+    micro_batch_size: int | Auto = Field(
+        "auto", description="texts computed at once; auto: as many as fit"
+    )
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay")
+    retain_weight: float | None = Field(
+        None, ge=0, description="weight of the retain term; default: the objective's"
+    )
+    tradeoff: TradeoffKind = Field("fixed", description="how forget and retain are weighed")
+    target: TargetKind = Field("positive", description="kind of the target direction")
+    rna_noise: float = Field(0.0, ge=0, description="std of the noise on the retain reference")
+    first_token: FirstToken = Field("retain", description="which term counts the first token")
+    seed: int = Field(0, ge=0, description="of targets, batch order and noise")
+    save_every: int = Field(25, ge=1, description="steps between saved states")
+
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="of the model while training and evaluating"
+    )
+    device: str = Field("auto", description="cpu, cuda, cuda:1, …; auto: cuda if there is one")
+    master_weights: bool = Field(True, description="float32 copies of narrower trained weights")
+    cache_gib: float = Field(
+        4.0, ge=0, description="RAM for boundary activations; more goes to a mapped file"
+    )
+    trust_remote_code: bool = Field(False, description="run Python code shipped with the model")
+    evaluate: bool = Field(True, description="measure base and patched model after training")
+    oracle: str | None = Field(None, description="a model never taught the function, to compare")
+
+    @classmethod
+    def build(cls, settings: Mapping[str, Any]) -> Recipe:
+        """Validate settings. Raises RecipeError for an unknown key or an unfit value."""
+        try:
+            return cls.model_validate(dict(settings))
+        except ValidationError as error:
+            raise _as_recipe_error(error) from None
+
+    @classmethod
+    def load(cls, path: Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
+        """Read a YAML recipe; ``overrides`` win. Relative paths in it stay relative to the cwd."""
+        try:
+            raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise RecipeError(
+                what=f"The recipe {path} cannot be read",
+                got=f"{type(error).__name__}: {str(error).splitlines()[0]}",
+                allowed="a YAML file of settings",
+                fix="check the path; `expunge run --help` lists the settings",
+            ) from error
+        if not isinstance(raw, dict):
+            raise RecipeError(
+                what=f"The recipe {path} is not a mapping",
+                got=type(raw).__name__ if raw is not None else "an empty file",
+                allowed="lines of the form `key: value`",
+                fix="start from the recipe.yaml of an earlier run",
+            )
+        return cls.build({**raw, **(overrides or {})})
+
+    def save(self, path: Path) -> None:
+        """Write the recipe as YAML, atomically."""
+        plain = self.model_dump(mode="json", exclude_none=True)
+        write_text(path, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
+
+    def updated(self, **changes: Any) -> Recipe:
+        """A validated copy with other values."""
+        return Recipe.build({**self.model_dump(), **changes})
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of all that changes the trained weights: runs with the same one may resume."""
+        silent = {"save_every", "evaluate", "oracle", "micro_batch_size", "cache_gib"}
+        plain = self.model_dump(mode="json", exclude=silent)
+        return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """``key=value`` of ``--set``, the value as YAML; ``a.b=v`` reaches into ``a``."""
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise RecipeError(
+            what="An override is not of the form key=value",
+            got=repr(text),
+            allowed="--set key=value",
+            fix="for example --set steps=100",
+        )
+    try:
+        return key.strip(), yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise RecipeError(
+            what=f"The value of {key} cannot be read",
+            got=repr(value),
+            allowed="a YAML value: a number, true, text, [1, 2]",
+            fix="quote text that holds special signs",
+        ) from error
+
+
+def merge_overrides(base: Mapping[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """Settings with ``--set`` overrides on top."""
+    merged = dict(base)
+    for text in overrides:
+        key, value = parse_override(text)
+        outer, dot, inner = key.partition(".")
+        merged[outer] = {**(merged.get(outer) or {}), inner: value} if dot else value
+    return merged
+
+
+def _as_recipe_error(error: ValidationError) -> RecipeError:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"] if not str(part).startswith("literal"))
+    outer = str(first["loc"][0]) if first["loc"] else ""
+    if first["type"] == "extra_forbidden":
+        return RecipeError(
+            what="The recipe has an unknown key",
+            got=repr(outer),
+            allowed=", ".join(Recipe.model_fields),
+            fix=nearest(outer, Recipe.model_fields),
+        )
+    if first["type"] == "missing":
+        return RecipeError(
+            what=f"The recipe lacks {outer}",
+            got="nothing",
+            allowed=Recipe.model_fields[outer].description or outer,
+            fix=f"give --{outer.replace('_', '-')}, or `{outer}:` in the recipe",
+        )
+    messages = dict.fromkeys(
+        str(entry["msg"]) for entry in error.errors() if entry["loc"][:1] == first["loc"][:1]
+    )
+    return RecipeError(
+        what=f"Setting {key.split('.')[0] or outer} does not fit",
+        got=repr(first.get("input")),
+        allowed="; or ".join(messages),
+        fix=f"{outer}: {Recipe.model_fields[outer].description}" if outer else "see --help",
+    )
