@@ -115,3 +115,20 @@ class RunRecord:
             if score.name == name and score.model == model and split in (None, score.split):
                 return score
         return None
+
+
+def find_records(directory: Path) -> list[tuple[Path, RunRecord]]:
+    """Finished runs in a folder or anywhere below it, by path.
+
+    Raises:
+        DataError: the folder is missing, or a record in it cannot be read.
+    """
+    if not directory.is_dir():
+        raise DataError(
+            what="There is no such folder",
+            got=str(directory),
+            allowed="a folder that holds runs",
+            fix="check the path",
+        )
+    paths = sorted(path.parent for path in directory.rglob(RECORD_NAME))
+    return [(path, RunRecord.load(path)) for path in paths]

@@ -121,8 +121,8 @@ def _jobs(prepared: Prepared, *, shared: bool) -> list[Job]:
 
 
 def _length(job: Job) -> int:
-    """Tokens of the first forward: the common context, or the only row."""
-    return min(row.start for _, row in job) if len(job) > 1 else len(job[0][1].ids)
+    """Tokens of the longest row, so that rows of a batch are padded little."""
+    return max(len(row.ids) for _, row in job)
 
 
 def _take(jobs: Sequence[Job], batch_size: int) -> list[Job]:

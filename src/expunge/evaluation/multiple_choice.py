@@ -3,7 +3,8 @@
 Covers MMLU/WMDP-style questions and TOFU's paraphrased answer against perturbed ones (TOFU,
 arXiv:2401.06121; its choices hold the paraphrase and the wrong answers, its ``truth`` the original
 answer). Deviation: the lm-evaluation-harness normalises a choice's log-likelihood by its bytes
-(``acc_norm``) or not at all (``acc``); here it is divided by its tokens, as TOFU's probabilities are.
+(``acc_norm``) or not at all (``acc``); here it is divided by its tokens, as in
+TOFU's probabilities.
 
     prepared = prepare_questions(tokenizer, questions)         # once
     scored = score(model, prepared, batch_size=256)            # for each model

@@ -81,7 +81,7 @@ class Suite:
     forget: Side
     retain: Side
     perplexity_texts: Prepared
-    question_batch: int = 256
+    question_batch: int = 128
     text_batch: int = 16
 
     @classmethod
@@ -96,7 +96,7 @@ class Suite:
         forget_texts: Sequence[Text] = (),
         retain_texts: Sequence[Text] = (),
         perplexity_texts: Sequence[Text] = (),
-        question_batch: int = 256,
+        question_batch: int = 128,
         text_batch: int = 16,
     ) -> Suite:
         """Tokenise every set given; an absent one yields unscored Scores with a reason.

@@ -75,7 +75,7 @@ def load_knowledge(settings: DataSettings) -> FunctionData:
         if fluent is not None:
             halves = split_by_content(fluent, train=0.0, validation=0.5, test=0.5, seed=SPLIT_SEED)
             documents = list(getattr(halves, name))
-        measured[name] = Measured(  # type: ignore[index]
+        measured[name] = Measured(
             forget_questions=getattr(forget_questions, name),
             retain_questions=getattr(kept_questions, name),
             forget_texts=_pool([t for s in topic_splits for t in getattr(s, name)], MEASURED_TEXTS),

@@ -13,6 +13,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Literal
@@ -94,9 +95,7 @@ class BoundaryStore:
             return
         for group in self._groups():
             halving_rows(
-                len(group),
-                lambda low, high, group=group: self._compute(group[low:high], on_progress),
-                what="the prefix",
+                len(group), partial(self._compute_some, group, on_progress), what="the prefix"
             )
 
     def batch(self, indices: Sequence[int]) -> BoundaryBatch:
@@ -136,7 +135,10 @@ class BoundaryStore:
         mask_BT = torch.arange(ids_BT.shape[1])[None, :] < lengths_B[:, None]
         return ids_BT.to(self.segment.device), mask_BT.to(self.segment.device)
 
-    def _compute(self, indices: Sequence[int], on_progress: Callable[[int], None]) -> None:
+    def _compute_some(
+        self, group: Sequence[int], on_progress: Callable[[int], None], low: int, high: int
+    ) -> None:
+        indices = group[low:high]
         ids_BT, mask_BT = self._tokens(indices)
         boundary = self.segment.boundary(ids_BT, mask_BT, reference=self.reference)
         tensors = boundary.tensors()

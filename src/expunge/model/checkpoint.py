@@ -71,6 +71,12 @@ class Checkpoint:
         _check_causal_lm(path, config)
         return cls(path, config, read_tensors(path))
 
+    @property
+    def n_layers(self) -> int:
+        """Number of decoder layers, from the config (of the text part, where there are several)."""
+        text = self.config.get("text_config", self.config)
+        return int(text.get("num_hidden_layers") or text.get("n_layer") or text["num_layers"])
+
     def resolve(self, parameter_name: str) -> str:
         """The name on disk of a loaded causal LM's parameter.
 

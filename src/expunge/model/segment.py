@@ -187,10 +187,11 @@ class Segment:
             for index in range(self.first):
                 stack.enter_context(_forward_as(self.structure.layers[index], self._pass_through))
             layer = self.structure.layers[self.first]
-            if boundary.residual_BTD is not None:
+            residual_BTD = boundary.residual_BTD
+            if residual_BTD is not None:
 
                 def from_product(*_args: Any, **_kwargs: Any) -> Any:
-                    return self._wrap(boundary.residual_BTD + self._tail(boundary.input_BTI))
+                    return self._wrap(residual_BTD + self._tail(boundary.input_BTI))
 
                 stack.enter_context(_forward_as(layer, from_product))
             else:

@@ -85,7 +85,7 @@ class Structure:
         return f"{self.layers_name}.{layer}.{self.projection}.weight"
 
 
-def find_structure(model: nn.Module) -> Structure:
+def find_structure(model: Any) -> Structure:
     """Inspect a loaded Hugging Face causal LM (with or without head).
 
     Raises:
@@ -119,7 +119,7 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, Conv1D))
 
 
-def _find_layers(model: nn.Module, count: int) -> tuple[str, nn.ModuleList]:
+def _find_layers(model: Any, count: int) -> tuple[str, nn.ModuleList]:
     found = [
         (name, module)
         for name, module in model.named_modules()
@@ -135,7 +135,7 @@ def _find_layers(model: nn.Module, count: int) -> tuple[str, nn.ModuleList]:
             fix="check that the model is a causal LM; encoder-decoder models are not supported",
         )
     # The outermost list: an inner one (experts, say) may have the same length by chance.
-    return min(found, key=lambda item: item[0].count("."))  # type: ignore[return-value]
+    return min(found, key=lambda item: item[0].count("."))
 
 
 @dataclass
@@ -159,7 +159,7 @@ def _first(value: Any) -> Any:
 
 @torch.no_grad()
 def _trace_layer(
-    model: nn.Module, backbone: nn.Module, layer: nn.Module, *, nudge: str | None = None
+    model: Any, backbone: nn.Module, layer: nn.Module, *, nudge: str | None = None
 ) -> _Trace:
     """Run a few tokens through the first layer; ``nudge`` doubles one submodule's output."""
     calls: list[_Call] = []
@@ -254,7 +254,7 @@ def _tail_output(trace: _Trace, projection: str, tail: tuple[str, ...]) -> Tenso
 
 
 def _find_residual(
-    model: nn.Module,
+    model: Any,
     backbone: nn.Module,
     layer: nn.Module,
     trace: _Trace,

@@ -136,7 +136,9 @@ def _steer(forget: Captured, norms: dict[int, float] | dict[int, Tensor | float]
 def _sample_norm(acts_BTD: Tensor, mask_BT: Tensor) -> Tensor:
     """Mean token norm of each text, shape B11."""
     norms_BT = torch.where(mask_BT, acts_BTD.float().norm(dim=-1), 0.0)
-    return (norms_BT.sum(-1) / mask_BT.sum(-1).clamp(min=1))[:, None, None]
+    counts_B11 = mask_BT.sum(-1).clamp(min=1)[:, None, None]
+    means_B11: Tensor = norms_BT.sum(-1)[:, None, None] / counts_B11
+    return means_B11
 
 
 def _like(target: Tensor, acts_BTD: Tensor) -> Tensor:

@@ -47,4 +47,5 @@ class Targets:
             vector_D = torch.rand(self.hidden_size, generator=generator)
         else:
             vector_D = torch.randn(self.hidden_size, generator=generator)
-        return vector_D / vector_D.norm()
+        unit_D: Tensor = vector_D / vector_D.norm()
+        return unit_D

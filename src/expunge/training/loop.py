@@ -91,10 +91,15 @@ class TrainingResult:
 
 @dataclass(frozen=True)
 class Stage:
-    """Where a run keeps its unfinished state; None keeps nothing."""
+    """Where a run keeps its unfinished state; None keeps nothing.
+
+    Attributes:
+        context: fingerprint of settings, data and base weights; a state of another is refused.
+    """
 
     state: Path | None = None
     losses: Path | None = None
+    context: str = ""
 
 
 class _Order:
@@ -306,11 +311,12 @@ class Trainer:
     def _save(self, stage: Stage, optimiser: Optimiser, step: int) -> None:
         if stage.state is not None:
             TrainingState(
-                step,
-                optimiser.weights,
-                optimiser.tensors(),
-                self._first_norm,
-                self.micro_batch_size,
+                step=step,
+                weights=optimiser.weights,
+                optimiser=optimiser.tensors(),
+                first_norm=self._first_norm,
+                micro_batch_size=self.micro_batch_size,
+                context=stage.context,
             ).save(stage.state)
 
     @torch.no_grad()
@@ -321,6 +327,13 @@ class Trainer:
                 stage.losses.unlink(missing_ok=True)
             return []
         state = TrainingState.load(stage.state)
+        if state.context != stage.context:
+            raise TrainingError(
+                what="The unfinished run in this folder started from other data or another base",
+                got=f"a state of {state.context[:12] or 'unknown origin'}",
+                allowed=f"a state of {stage.context[:12]}",
+                fix="put the files back as they were, or start again with --fresh",
+            )
         for name, parameter in optimiser.weights.items():
             parameter.copy_(state.weights[name])
         optimiser.restore(state.optimiser)

@@ -26,6 +26,7 @@ class TrainingState:
         optimiser: AdamW's tensors, ``<name>/<key>`` -> tensor, master weights included.
         first_norm: layer -> mean norm over the first forget batch.
         micro_batch_size: texts that went through the segment together; 0: the whole batch.
+        context: fingerprint of everything the run depends on: settings, data, base weights.
     """
 
     step: int
@@ -33,6 +34,7 @@ class TrainingState:
     optimiser: Mapping[str, Tensor]
     first_norm: Mapping[int, float]
     micro_batch_size: int
+    context: str = ""
 
     def save(self, path: Path) -> None:
         """Write the state as safetensors, atomically."""
@@ -42,6 +44,7 @@ class TrainingState:
             "step": self.step,
             "first_norm": {str(layer): norm for layer, norm in self.first_norm.items()},
             "micro_batch_size": self.micro_batch_size,
+            "context": self.context,
         }
         contiguous = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
         with replacing(path) as temporary:
@@ -67,6 +70,7 @@ class TrainingState:
             optimiser=_under(tensors, "optimiser/"),
             first_norm={int(layer): norm for layer, norm in facts["first_norm"].items()},
             micro_batch_size=facts["micro_batch_size"],
+            context=facts["context"],
         )
 
 

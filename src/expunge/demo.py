@@ -1,0 +1,108 @@
+"""The main job on the embedded miniature: `expunge demo`.
+
+Every run is an ordinary run over ordinary files; nothing here is special but the shared bench.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from expunge.evaluation.stats import Spread, mean_and_spread
+from expunge.miniature import World, base_directory, check_data, oracle_directory
+from expunge.progress import Progress, Silent
+from expunge.recipe import Recipe
+from expunge.records import RunRecord, Score
+from expunge.run import Workbench, run
+
+OBJECTIVES = ("cosine-rmu", "rmu", "adaptive-rmu")
+NAMES = ("forget_accuracy", "retain_accuracy", "forget_nll", "retain_nll", "perplexity")
+
+
+@dataclass(frozen=True)
+class DemoSummary:
+    """All runs of a demo.
+
+    Attributes:
+        runs: objective -> its records, one a seed.
+        base, oracle: scores of the untouched and of the retrained model.
+        seconds: wall time of the whole demo.
+    """
+
+    runs: dict[str, list[RunRecord]]
+    base: list[Score]
+    oracle: list[Score]
+    seconds: float
+
+    def spread(self, objective: str, name: str) -> Spread:
+        """Mean, standard deviation and 95 % interval of a score over seeds."""
+        scores = [record.score(name, "patched") for record in self.runs[objective]]
+        return mean_and_spread([s.value for s in scores if s is not None and s.value is not None])
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return {
+            "seconds": self.seconds,
+            "base": [asdict(score) for score in self.base],
+            "oracle": [asdict(score) for score in self.oracle],
+            "objectives": {
+                objective: {name: asdict(self.spread(objective, name)) for name in NAMES}
+                for objective in self.runs
+            },
+            "runs": {k: [record.to_dict() for record in v] for k, v in self.runs.items()},
+        }
+
+
+def demo_recipe(data: Path, **changes: Any) -> Recipe:
+    """The recipe of a run on the miniature whose world was written to ``data``."""
+    return Recipe.build(
+        {
+            "model": str(base_directory()),
+            "oracle": str(oracle_directory()),
+            "forget": [str(data / "forget.txt")],
+            "retain": [str(data / "retain.txt")],
+            "questions": str(data / "questions.jsonl"),
+            "retain_questions": str(data / "retain_questions.jsonl"),
+            "text": str(data / "benign.txt"),
+            "max_tokens": 128,
+            **changes,
+        }
+    )
+
+
+def demo(
+    out: Path, *, seeds: int = 5, progress: Progress | None = None, fresh: bool = False
+) -> DemoSummary:
+    """Run every objective for every seed; a run directory each under ``out``.
+
+    Raises:
+        DataError: the generated world is not the one that the shipped models were trained on.
+    """
+    progress = progress or Silent()
+    start = time.perf_counter()
+    check_data()
+    World.generate().write(out / "data")
+    recipe = demo_recipe(out / "data")
+    bench = Workbench(recipe, progress)
+    runs: dict[str, list[RunRecord]] = {}
+    for objective in OBJECTIVES:
+        runs[objective] = []
+        for seed in range(seeds):
+            progress.say(f"{objective}, seed {seed}")
+            record = run(
+                recipe.updated(objective=objective, seed=seed),
+                out / f"{objective}-seed{seed}",
+                progress=progress,
+                bench=bench,
+                fresh=fresh,
+            )
+            runs[objective].append(record)
+    first = runs[OBJECTIVES[0]][0]
+    return DemoSummary(
+        runs,
+        [score for score in first.scores if score.model == "base"],
+        [score for score in first.scores if score.model == "oracle"],
+        time.perf_counter() - start,
+    )

@@ -1,0 +1,154 @@
+"""Results as tables for a terminal. Names and data are printed as they are, never as markup."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from expunge.records import RunRecord, Score
+from expunge.registry import Entry
+
+if TYPE_CHECKING:
+    from expunge.demo import DemoSummary
+    from expunge.model.patch import Patch
+    from expunge.plan import Plan
+
+ROLES = ("base", "patched", "oracle")
+GIB = 2**30
+
+
+def print_record(console: Console, record: RunRecord) -> None:
+    """A run's scores, models side by side, and its times."""
+    title = f"{record.function} · {record.objective} · seed {record.seed}"
+    if record.scores:
+        console.print(_scores_table(title, record.scores))
+    else:
+        console.print(title, markup=False, highlight=False)
+    times = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in record.timing.items())
+    memory = f"peak memory {record.peak_memory_bytes / GIB:.2f} GiB"
+    console.print(f"{times}; {memory}", markup=False, highlight=False)
+
+
+def print_scores(console: Console, scores: Sequence[Score]) -> None:
+    """Scores of one model."""
+    console.print(_scores_table("scores", scores))
+
+
+def print_demo(console: Console, summary: DemoSummary) -> None:
+    """Objectives side by side, mean ± standard deviation over seeds, base and oracle beside."""
+    from expunge.demo import NAMES
+
+    n = max(len(records) for records in summary.runs.values())
+    table = Table(title=f"Hazard knowledge on the miniature, {n} seeds, mean ± sd")
+    for column in ("score", "base", *summary.runs, "retrained oracle"):
+        table.add_column(column, justify="left" if column == "score" else "right")
+    sides = [{s.name: s for s in scores} for scores in (summary.base, summary.oracle)]
+    for name in NAMES:
+        cells = [_spread(summary, objective, name) for objective in summary.runs]
+        table.add_row(
+            _label(sides[0][name]), _value(sides[0][name]), *cells, _value(sides[1][name])
+        )
+    console.print(table)
+    console.print(f"{summary.seconds:.0f} s in all", markup=False, highlight=False)
+
+
+def print_plan(console: Console, plan: Plan) -> None:
+    """A plan, a line each."""
+    table = Table(title="plan", show_header=False)
+    rows = {
+        "layers read": f"{plan.layers_read} of {plan.layers_total}",
+        "trained": ", ".join(map(str, plan.trained_layers)),
+        "weights read": f"{plan.bytes_read / GIB:.2f} of {plan.bytes_total / GIB:.2f} GiB",
+        "work": f"prefix {plan.flops_prefix:.2e}, steps {plan.flops_train:.2e} operations",
+        "memory": f"weights and optimiser {plan.memory_weights / GIB:.2f} GiB, "
+        f"a step {plan.memory_step / GIB:.2f} GiB (estimate)",
+        "boundaries": f"{plan.memory_boundaries / GIB:.2f} GiB, in RAM or a mapped file",
+        "time": f"about {_duration(plan.seconds)} at {plan.matmul_flops / 1e9:.0f} GFLOP/s "
+        "measured here",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    console.print(table)
+
+
+def print_runs(console: Console, records: Sequence[tuple[Path, RunRecord]]) -> None:
+    """One line a run."""
+    table = Table(title=f"{len(records)} runs")
+    for column in ("run", "function", "objective", "seed", "forget", "retain", "perplexity"):
+        table.add_column(column)
+    for path, record in records:
+        names = ("forget_accuracy", "retain_accuracy", "perplexity")
+        cells = [_value(record.score(name)) for name in names]
+        row = [str(path), record.function, record.objective, str(record.seed), *cells]
+        table.add_row(*map(Text, row))
+    console.print(table)
+
+
+def print_parts(console: Console, parts: Mapping[str, Iterable[Entry[Any]]]) -> None:
+    """Registered parts with their sources."""
+    for kind, entries in parts.items():
+        table = Table(title=kind)
+        for column in ("name", "source", "deviations"):
+            table.add_column(column)
+        for entry in entries:
+            table.add_row(entry.name, Text(entry.source), Text(entry.deviations))
+        console.print(table)
+
+
+def print_patch(console: Console, patch: Patch) -> None:
+    """What a patch changes."""
+    table = Table(title=f"patch of {len(patch)} tensors, norm {patch.norm():.4g}")
+    for column in ("tensor", "shape", "norm"):
+        table.add_column(column)
+    for name in patch.names:
+        delta = patch.deltas[name]
+        table.add_row(Text(name), str(tuple(delta.shape)), f"{float(delta.norm()):.4g}")
+    console.print(table)
+
+
+def _scores_table(title: str, scores: Sequence[Score]) -> Table:
+    table = Table(title=title)
+    roles = [role for role in ROLES if any(score.model == role for score in scores)]
+    for column in ("score", *roles, "n", "split"):
+        table.add_column(column, justify="left" if column == "score" else "right")
+    for name in dict.fromkeys(score.name for score in scores):
+        by_role = {score.model: score for score in scores if score.name == name}
+        first = next(iter(by_role.values()))
+        cells = [_value(by_role.get(role), interval=True) for role in roles]  # type: ignore[call-overload]
+        table.add_row(_label(first), *cells, str(first.n), first.split)
+    for reason in dict.fromkeys(score.reason for score in scores if score.reason):
+        table.caption = "\n".join(filter(None, [str(table.caption or ""), f"unscored: {reason}"]))
+    return table
+
+
+def _label(score: Score) -> str:
+    notes = [] if score.unit in ("fraction", score.name) else [score.unit]
+    if score.chance is not None:
+        notes.append(f"chance {score.chance:.2f}")
+    return score.name + (f" ({', '.join(notes)})" if notes else "")
+
+
+def _value(score: Score | None, *, interval: bool = False) -> str:
+    if score is None or score.value is None:
+        return "unscored"
+    if interval and score.ci_low is not None and score.ci_high is not None:
+        return f"{score.value:.3f} [{score.ci_low:.3f}, {score.ci_high:.3f}]"
+    return f"{score.value:.3f}"
+
+
+def _spread(summary: DemoSummary, objective: str, name: str) -> str:
+    spread = summary.spread(objective, name)
+    if spread.mean is None:
+        return "unscored"
+    return f"{spread.mean:.3f}" + ("" if spread.sd is None else f" ± {spread.sd:.3f}")
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
