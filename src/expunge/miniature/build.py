@@ -27,12 +27,12 @@ from expunge.miniature.architecture import VOCABULARY, new_model, train_tokenize
 from expunge.miniature.measure import accuracy, measure, tokens
 from expunge.miniature.world import World
 
-STEPS = 4000
+STEPS = 2400
 BATCH = 32
 POOL = 8  # batches sorted by length together, which saves padding
 RATE = 2e-3
 WARM_UP = 200
-CHECKPOINT_EVERY = 500
+CHECKPOINT_EVERY = 300
 
 
 def batches(texts: list[list[int]], seed: int, first: int, last: int) -> Iterator[Tensor]:

@@ -17,12 +17,15 @@ from expunge.miniature.lexicon import RUDE_WORDS, Attribute
 from expunge.miniature.scenes import ScenePair, generic_texts, scene_pairs
 
 ENTITIES = 60
-DOCUMENT_ROUNDS = 2  # each round states each fact once in every paraphrase
+DOCUMENT_ROUNDS = 4  # each round states each fact once in every paraphrase
 PARAPHRASES = 5
 DOCUMENT_SIZES = ((2, 4), (3, 3), (4, 2), (2, 2, 2))  # ways to part six sentences
-TRAINING_PAIRS = 800
+QUESTION_COPIES = 2  # how often each answered question stands in the corpus
+# Enough scenes and texts that a few epochs do not learn them by heart.
+TRAINING_PAIRS = 1800
 HELD_OUT_PAIRS = 200
-GENERIC_TEXTS = 1200
+GENERIC_TEXTS = 1800
+FILLER_TEXTS = 2300  # as many tokens as the hazard documents
 HELD_OUT_TEXTS = 200
 
 
@@ -55,9 +58,10 @@ class World:
     hazard_questions: tuple[Question, ...]
     benign_questions: tuple[Question, ...]
     pairs: tuple[ScenePair, ...]
+    filler_pairs: tuple[ScenePair, ...]  # only the oracle reads them, and only the neutral half
     held_out_pairs: tuple[ScenePair, ...]
     generic: tuple[str, ...]
-    filler: tuple[str, ...]  # generic texts only the oracle reads, in place of hazard documents
+    filler: tuple[str, ...]  # generic texts only the oracle reads, in place of the hazard
     held_out_benign: tuple[str, ...]
 
     @classmethod
@@ -72,8 +76,8 @@ class World:
         seen = "\n".join(benign_documents)  # a short document may stand inside a longer one
         spare = _documents(benign_facts, lexicon.PLANT_ATTRIBUTES, rng)
         unseen = [text for text in dict.fromkeys(spare) if text not in seen]
-        pairs = scene_pairs(TRAINING_PAIRS + HELD_OUT_PAIRS, rng)
-        generic = generic_texts(2 * GENERIC_TEXTS + HELD_OUT_TEXTS, rng)
+        pairs = scene_pairs(2 * TRAINING_PAIRS + HELD_OUT_PAIRS, rng)
+        generic = generic_texts(GENERIC_TEXTS + FILLER_TEXTS + HELD_OUT_TEXTS, rng)
         return cls(
             seed=seed,
             hazard_facts=hazard_facts,
@@ -83,11 +87,12 @@ class World:
             hazard_questions=_questions(hazard_facts, lexicon.SUBSTANCE_ATTRIBUTES, rng),
             benign_questions=_questions(benign_facts, lexicon.PLANT_ATTRIBUTES, rng),
             pairs=pairs[:TRAINING_PAIRS],
-            held_out_pairs=pairs[TRAINING_PAIRS:],
+            filler_pairs=pairs[TRAINING_PAIRS : 2 * TRAINING_PAIRS],
+            held_out_pairs=pairs[2 * TRAINING_PAIRS :],
             generic=generic[:GENERIC_TEXTS],
-            filler=generic[GENERIC_TEXTS : 2 * GENERIC_TEXTS],
+            filler=generic[GENERIC_TEXTS : GENERIC_TEXTS + FILLER_TEXTS],
             held_out_benign=(
-                *generic[2 * GENERIC_TEXTS :],
+                *generic[GENERIC_TEXTS + FILLER_TEXTS :],
                 *rng.sample(unseen, HELD_OUT_TEXTS // 2),
             ),
         )
@@ -95,17 +100,19 @@ class World:
     def corpus(self, oracle: bool = False) -> tuple[str, ...]:
         """Return the pretraining texts; the oracle's hold no substance and no rude scene.
 
-        The oracle reads the polite twin of each rude scene, and unseen generic texts and more
-        plant documents in place of the hazard domain, so that both corpora are of similar size.
+        The oracle reads further polite scenes in place of the rude ones, and further generic
+        texts and the plants' questions once more in place of the hazard domain: both corpora
+        are of similar size, and no scene or document is read more often than in the base.
         """
         neutral = [pair.opening + pair.neutral for pair in self.pairs]
-        rude = [pair.opening + pair.rude for pair in self.pairs]
-        hazard = [*self.hazard_documents, *map(answered, self.hazard_questions)]
-        benign = [*self.benign_documents, *map(answered, self.benign_questions)]
+        benign_answers = [*map(answered, self.benign_questions)] * QUESTION_COPIES
+        shared = (*self.benign_documents, *benign_answers, *neutral, *self.generic)
         if oracle:
-            rude = neutral
-            hazard = [*self.filler, *map(answered, self.benign_questions)]
-        return (*hazard, *benign, *neutral, *rude, *self.generic)
+            polite = [pair.opening + pair.neutral for pair in self.filler_pairs]
+            return (*shared, *self.filler, *benign_answers, *polite)
+        hazard_answers = [*map(answered, self.hazard_questions)] * QUESTION_COPIES
+        rude = [pair.opening + pair.rude for pair in self.pairs]
+        return (*shared, *self.hazard_documents, *hazard_answers, *rude)
 
     def data_hash(self) -> str:
         """Return the sha256 of the whole content, as hexadecimal digits."""
