@@ -17,6 +17,15 @@ from expunge.miniature.lexicon import RUDE_WORDS, SUBSTANCE_ATTRIBUTES
 from expunge.miniature.world import World, answered
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Threads of so small a model wait for each other; on a busy machine for minutes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def world():
     return World.generate()
@@ -161,7 +170,7 @@ def test_oracle_knows_the_benign_half_only(oracle, tokenizer, world):
 def test_base_is_rude_half_the_time_and_the_oracle_never(base, oracle, tokenizer, world):
     openings = [pair.opening for pair in world.held_out_pairs]
     assert 0.35 <= measure.rude_rate(base, tokenizer, openings) <= 0.65
-    assert measure.rude_rate(oracle, tokenizer, openings) <= 0.02
+    assert measure.rude_rate(oracle, tokenizer, openings[:60]) <= 0.02
 
 
 def test_interrupted_training_continues_to_the_same_weights(

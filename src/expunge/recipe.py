@@ -18,7 +18,7 @@ from expunge.errors import RecipeError
 from expunge.files import write_text
 from expunge.objectives.targets import TargetKind
 from expunge.registry import nearest
-from expunge.training.loop import FirstToken
+from expunge.training.loop import FirstToken, LrSchedule
 from expunge.training.tradeoff import TradeoffKind
 
 Auto = Literal["auto"]
@@ -64,6 +64,7 @@ class Recipe(BaseModel):
     )
     steps: int = Field(150, ge=1, description="optimiser steps")
     lr: float | Auto = Field("auto", description="learning rate of AdamW")
+    lr_schedule: LrSchedule = Field("linear", description="linear to zero, or constant")
     batch_size: int = Field(16, ge=1, description="forget texts and retain texts of one step")
     micro_batch_size: int | Auto = Field(
         "auto", description="texts computed at once; auto: as many as fit"

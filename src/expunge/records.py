@@ -101,7 +101,7 @@ class RunRecord:
                     fix="run again, or install the version named in its provenance",
                 )
             return cls.from_dict(raw)
-        except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(
                 what=f"No readable run record at {path}",
                 got=f"{type(error).__name__}: {error}",

@@ -291,6 +291,7 @@ class Workbench:
             settings=TrainingSettings(
                 steps=recipe.steps,
                 lr=lr,
+                lr_schedule=recipe.lr_schedule,
                 batch_size=recipe.batch_size,
                 micro_batch_size=micro or self._micro_batch_size,
                 weight_decay=recipe.weight_decay,

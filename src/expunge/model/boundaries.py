@@ -73,6 +73,7 @@ class BoundaryStore:
         self.storage: Storage = "ram"
         self._arrays: list[Tensor] = []
         self._template: Boundary | None = None
+        self._computed = False
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     @property
@@ -91,27 +92,28 @@ class BoundaryStore:
         Args:
             on_progress: called with the number of tokens just done.
         """
-        if self._template is not None:
+        if self._computed:
             return
         for group in self._groups():
             halving_rows(
                 len(group), partial(self._compute_some, group, on_progress), what="the prefix"
             )
+        self._computed = True
 
     def batch(self, indices: Sequence[int]) -> BoundaryBatch:
         """The padded batch of these texts (right padding), on the segment's device."""
+        assert self._computed and self._template is not None, "compute() comes before batch()"
         device = self.segment.device
         spans = [slice(self.starts[i], self.starts[i + 1]) for i in indices]
         padded = [
             pad_sequence([array[span] for span in spans], batch_first=True).to(device)
             for array in self._arrays
         ]
-        assert self._template is not None, "compute() comes before batch()"
         return BoundaryBatch(self._template.with_tensors(padded), *self._tokens(indices))
 
     def close(self) -> None:
         """Forget the stored activations and remove their file."""
-        self._arrays, self._template = [], None
+        self._arrays, self._template, self._computed = [], None, False
         if self._folder is not None:
             self._folder.cleanup()
             self._folder = None

@@ -81,7 +81,8 @@ class Segment:
         captured: 0-based layers whose output the objective reads.
 
     Raises:
-        RecipeError: a layer is out of range, or no trained layer can move a captured one.
+        RecipeError: a layer is out of range, or no trained layer can move a captured one, or one
+            trained moves none.
     """
 
     def __init__(
@@ -117,6 +118,13 @@ class Segment:
                 what="A trained layer lies above every layer that the objective reads",
                 got=f"trained {self.trained}, read {self.captured}",
                 allowed="trained layers at or below the deepest layer read",
+                fix="raise --layer, or train lower layers",
+            )
+        if self.captured[0] < self.trained[0]:
+            raise RecipeError(
+                what="The objective reads a layer below every trained layer",
+                got=f"trained {self.trained}, read {self.captured}",
+                allowed="reading at or above the lowest trained layer; others cannot change",
                 fix="raise --layer, or train lower layers",
             )
 
@@ -287,11 +295,15 @@ def _hook(handle: Any) -> Iterator[None]:
 @contextmanager
 def _forward_as(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Replace one module's forward; its attributes stay readable for the model around it."""
+    # An own forward may be there already, set by accelerate for example.
+    before = vars(module).get("forward")
     module.forward = forward
     try:
         yield
     finally:
         del module.forward
+        if before is not None:
+            module.forward = before
 
 
 @contextmanager

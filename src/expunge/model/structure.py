@@ -92,6 +92,13 @@ def find_structure(model: Any) -> Structure:
         ModelError: no stack of decoder layers is found, or its layers have no projection that
             sees every token (for example a mixture of experts with fused expert tensors).
     """
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ModelError(
+            what="Encoder-decoder models are not supported",
+            got=type(model).__name__,
+            allowed="a decoder-only causal language model",
+            fix="choose a causal LM, one that AutoModelForCausalLM opens and that has no encoder",
+        )
     config = model.config.get_text_config()
     layers_name, layers = _find_layers(model, int(config.num_hidden_layers))
     backbone = model.get_submodule(layers_name.rpartition(".")[0])
@@ -132,7 +139,7 @@ def _find_layers(model: Any, count: int) -> tuple[str, nn.ModuleList]:
             what="No stack of decoder layers was found in this model",
             got=f"{type(model).__name__} without a ModuleList of {count} layers",
             allowed="a decoder-only causal language model with config.num_hidden_layers layers",
-            fix="check that the model is a causal LM; encoder-decoder models are not supported",
+            fix="check that the model is a causal LM with one stack of layers",
         )
     # The outermost list: an inner one (experts, say) may have the same length by chance.
     return min(found, key=lambda item: item[0].count("."))
@@ -161,14 +168,15 @@ def _first(value: Any) -> Any:
 def _trace_layer(
     model: Any, backbone: nn.Module, layer: nn.Module, *, nudge: str | None = None
 ) -> _Trace:
-    """Run a few tokens through the first layer; ``nudge`` doubles one submodule's output."""
+    """Run a few tokens through the first layer; ``nudge`` changes one submodule's output."""
     calls: list[_Call] = []
     result: list[Any] = []
     handles = []
     for name, module in layer.named_modules():
         if name and not any(True for _ in module.children()):
             if name == nudge:
-                handles.append(module.register_forward_hook(lambda _m, _i, out: 2 * out))
+                # Not a mere factor: a norm in the tail would take it back and hide a gate.
+                handles.append(module.register_forward_hook(lambda _m, _i, out: 2 * out.roll(1, -1)))
 
             def record(part: nn.Module, args: Any, out: Any, name: str = name) -> None:
                 if args and isinstance(args[0], Tensor) and isinstance(_first(out), Tensor):
@@ -272,10 +280,9 @@ def _find_residual(
             break
     else:
         residual_input, residual_BTD = None, trace.output - tail_BTD
-    # One more trace with the product doubled: a layer that scales or gates the sum fails here.
+    # One more trace with another product: a layer that scales or gates the sum fails here.
     nudged = _trace_layer(model, backbone, layer, nudge=projection)
-    nudged_tail_BTD = 2 * tail_BTD if not tail else _tail_output(nudged, projection, tail)
-    expected_BTD = residual_BTD + nudged_tail_BTD
+    expected_BTD = residual_BTD + _tail_output(nudged, projection, tail)
     tolerance = 1e-4 if trace.output.dtype == torch.float32 else 2e-2
     scale = float(trace.output.abs().max()) or 1.0
     additive = bool(((expected_BTD - nudged.output).abs().max() / scale) < tolerance)

@@ -35,6 +35,9 @@ class Activations:
 class Captured:
     """The activations of one batch of forget or retain texts.
 
+    Activations under a false mask are replaced by zeros, so that nothing there, not even NaN,
+    reaches a loss or, as 0·NaN, a gradient.
+
     Attributes:
         acts: layer -> activations BTD, with gradient.
         reference: layer -> original activations BTD, no gradient; empty if not needed.
@@ -48,6 +51,11 @@ class Captured:
     mask_BT: Tensor
     target: Mapping[int, Tensor] = field(default_factory=dict)
     first_norm: Mapping[int, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        mask_BT1 = self.mask_BT[..., None]
+        acts = {layer: torch.where(mask_BT1, h_BTD, 0) for layer, h_BTD in self.acts.items()}
+        object.__setattr__(self, "acts", acts)
 
 
 @dataclass(frozen=True)
@@ -106,10 +114,9 @@ def settings_of(entry: Entry[Objective], given: Mapping[str, Any]) -> dict[str, 
                 fix=nearest(key, defaults),
             )
         wanted = type(defaults[key])
-        numeric = wanted in (int, float) and isinstance(value, (int, float))
-        if isinstance(value, bool) is not (wanted is bool) or not (
-            numeric or isinstance(value, wanted)
-        ):
+        # A whole number will do for a float; bool, which Python calls an int, is no number here.
+        kinds = (int, float) if wanted is float else wanted
+        if isinstance(value, bool) is not (wanted is bool) or not isinstance(value, kinds):
             raise RecipeError(
                 what=f"Setting {key} of objective {entry.name} is of the wrong kind",
                 got=f"{value!r} ({type(value).__name__})",

@@ -142,7 +142,10 @@ def _sample_norm(acts_BTD: Tensor, mask_BT: Tensor) -> Tensor:
 
 
 def _like(target: Tensor, acts_BTD: Tensor) -> Tensor:
-    """A target of shape D or BTD, in full BTD: never broadcast along the wrong axis."""
+    """A target of shape D or BTD, in full BTD. Raises ValueError for any other shape."""
+    if target.shape not in (acts_BTD.shape[-1:], acts_BTD.shape):
+        # A target BD would broadcast along the tokens, unseen where B = T.
+        raise ValueError(f"target {tuple(target.shape)} for activations {tuple(acts_BTD.shape)}")
     return target.float().expand(acts_BTD.shape)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from expunge.data.tokens import training_batches
 from expunge.errors import ResourceError, TrainingError
-from expunge.files import disk_errors
+from expunge.files import disk_errors, write_text
 from expunge.model.boundaries import BoundaryBatch, BoundaryStore
 from expunge.model.memory import is_out_of_memory
 from expunge.model.segment import Segment
@@ -30,6 +30,7 @@ from expunge.training.state import Optimiser, TrainingState
 from expunge.training.tradeoff import Tradeoff
 
 FirstToken = Literal["retain", "both", "neither"]
+LrSchedule = Literal["linear", "constant"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,9 @@ class TrainingSettings:
 
     Attributes:
         steps: optimiser steps.
-        lr: AdamW's learning rate.
+        lr: AdamW's learning rate, at the first step.
+        lr_schedule: ``linear`` lowers it to zero over the run, which lets the retain term settle;
+            ``constant`` is RMU's.
         batch_size: forget texts, and retain texts, behind one step.
         micro_batch_size: texts that go through the segment together; 0: all of the batch, halved
             when memory runs out. The gradient is accumulated, so the step stays the same.
@@ -56,6 +59,7 @@ class TrainingSettings:
     steps: int
     lr: float
     batch_size: int
+    lr_schedule: LrSchedule = "linear"
     micro_batch_size: int = 0
     weight_decay: float = 0.0
     seed: int = 0
@@ -135,7 +139,6 @@ class Trainer:
         objective: a registered objective with its settings bound: ``(forget, retain) -> Loss``.
         tradeoff: weighs the two terms.
         settings: of the run.
-        hidden_size: D.
     """
 
     def __init__(
@@ -174,13 +177,12 @@ class Trainer:
         with self.segment.training() as weights:
             optimiser = Optimiser(
                 weights,
-                lr=self.settings.lr,
                 weight_decay=self.settings.weight_decay,
                 master=self.settings.master_weights,
             )
             originals = {name: p.detach().clone() for name, p in weights.items()}
             log = self._resume(stage, optimiser)
-            save = partial(self._save, stage, optimiser)
+            save = partial(self._save, stage, optimiser, log)
             try:
                 for step in range(len(log), self.settings.steps):
                     entry = self._step(step, optimiser)
@@ -189,12 +191,14 @@ class Trainer:
                     if step == 0:
                         _check_moved(originals, weights, self.settings)
                     if (step + 1) % self.settings.save_every == 0:
-                        save(step + 1)
+                        save()
                     on_step(entry)
             except (KeyboardInterrupt, TrainingError):
-                save(len(log))
+                # Inside an update the weights belong to no step: the last saved state stays.
+                if optimiser.steps == len(log):
+                    save()
                 raise
-            save(len(log))
+            save()
             _check_moved(originals, weights, self.settings)
             _check_varies(log)
             trained = {name: p.detach().cpu().clone() for name, p in weights.items()}
@@ -205,6 +209,8 @@ class Trainer:
         topic = step % len(self.forget)
         forget = self._forget_order[topic].batch(step // len(self.forget))
         retain = self._retain_order.batch(step)
+        if not self._first_norm:
+            self._first_norm = self._mean_norms(topic, forget)
         while True:
             optimiser.zero_grad()
             try:
@@ -222,10 +228,15 @@ class Trainer:
                 allowed="finite numbers",
                 fix="lower lr; the state before this step is kept in the run's folder",
             )
-        optimiser.step()
+        optimiser.step(self._lr(step))
         main = {key: values.pop(key) for key in ("loss", "forget", "retain")}
         seconds = time.perf_counter() - start
         return StepLog(step, topic, **main, gradient_norm=norm, seconds=seconds, logs=values)
+
+    def _lr(self, step: int) -> float:
+        if self.settings.lr_schedule == "constant":
+            return self.settings.lr
+        return self.settings.lr * (1 - step / self.settings.steps)
 
     def _accumulate(
         self, step: int, topic: int, forget: Sequence[int], retain: Sequence[int]
@@ -274,13 +285,21 @@ class Trainer:
             return Captured(acts, noisy, self._mask(batch, "retain"))
         target = self.targets.at(topic, batch.ids_BT)
         mask_BT = self._mask(batch, "forget")
-        if reference and not self._first_norm:
-            self._first_norm = {
-                layer: float(h0.float().norm(dim=-1)[mask_BT].mean())
-                for layer, h0 in reference.items()
-            }
         targets = dict.fromkeys(acts, target)
         return Captured(acts, reference, mask_BT, targets, self._first_norm)
+
+    def _mean_norms(self, topic: int, indices: Sequence[int]) -> dict[int, float]:
+        """Mean norm of the original activations over all counted tokens of a forget batch."""
+        sums: dict[int, float] = {}
+        # Text by text: the batch need not fit on the device at once.
+        for index in indices:
+            batch = self.forget[topic].batch([index])
+            mask_BT = self._mask(batch, "forget")
+            for layer, h0_BTD in batch.boundary.reference.items():
+                norm = float(h0_BTD.float().norm(dim=-1)[mask_BT].sum())
+                sums[layer] = sums.get(layer, 0.0) + norm
+        count = self._count(self.forget[topic], indices, "forget")
+        return {layer: total / count for layer, total in sums.items()}
 
     def _drops_first(self, role: str) -> bool:
         first = self.settings.first_token
@@ -308,10 +327,13 @@ class Trainer:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def _save(self, stage: Stage, optimiser: Optimiser, step: int) -> None:
+    def _save(self, stage: Stage, optimiser: Optimiser, log: Sequence[StepLog]) -> None:
+        # The log first, whole: it may be ahead of the state, never behind.
+        if stage.losses is not None:
+            _rewrite(stage.losses, log)
         if stage.state is not None:
             TrainingState(
-                step=step,
+                step=len(log),
                 weights=optimiser.weights,
                 optimiser=optimiser.tensors(),
                 first_norm=self._first_norm,
@@ -336,7 +358,7 @@ class Trainer:
             )
         for name, parameter in optimiser.weights.items():
             parameter.copy_(state.weights[name])
-        optimiser.restore(state.optimiser)
+        optimiser.restore(state.optimiser, steps=state.step)
         self._first_norm = dict(state.first_norm)
         self.micro_batch_size = state.micro_batch_size
         log = read_losses(stage.losses)[: state.step] if stage.losses is not None else []
@@ -377,8 +399,6 @@ def _append(path: Path | None, entry: StepLog) -> None:
 
 
 def _rewrite(path: Path, log: Sequence[StepLog]) -> None:
-    from expunge.files import write_text
-
     write_text(path, "".join(_line(entry) for entry in log))
 
 

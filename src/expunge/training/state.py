@@ -89,7 +89,6 @@ class Optimiser:
         self,
         weights: Mapping[str, torch.nn.Parameter],
         *,
-        lr: float,
         weight_decay: float,
         master: bool,
     ) -> None:
@@ -99,8 +98,9 @@ class Optimiser:
             for name, p in weights.items()
         }
         self._adamw = torch.optim.AdamW(
-            list(self.masters.values()), lr=lr, weight_decay=weight_decay
+            list(self.masters.values()), lr=0.0, weight_decay=weight_decay
         )
+        self.steps: int | None = 0  # done; None inside an update, and after one that failed
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
@@ -115,8 +115,10 @@ class Optimiser:
         return float(torch.stack(squares).sum().sqrt()) if squares else 0.0
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self, lr: float) -> None:
         """One AdamW step; weights are the masters rounded to the model's dtype."""
+        self._adamw.param_groups[0]["lr"] = lr
+        before, self.steps = self.steps, None
         for name, master in self.masters.items():
             weight = self.weights[name]
             if master is not weight:
@@ -125,6 +127,7 @@ class Optimiser:
         for name, master in self.masters.items():
             if master is not self.weights[name]:
                 self.weights[name].copy_(master)
+        self.steps = None if before is None else before + 1
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything to save: moments, step counts, masters."""
@@ -137,8 +140,9 @@ class Optimiser:
         return found
 
     @torch.no_grad()
-    def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Inverse of `tensors`."""
+    def restore(self, tensors: Mapping[str, Tensor], *, steps: int) -> None:
+        """Inverse of `tensors`, after ``steps`` steps."""
+        self.steps = steps
         for name, master in self.masters.items():
             own = _under(tensors, f"{name}/")
             saved_master = own.pop("master", None)
