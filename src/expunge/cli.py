@@ -9,6 +9,8 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -20,105 +22,162 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 import typer
 from rich.console import Console
 
-from expunge.errors import ExpungeError
+from expunge.errors import ExpungeError, RecipeError, ResourceError
+from expunge.files import disk_errors
+from expunge.registry import nearest
 
 INTERRUPTED = 130
 
 app = typer.Typer(
     name="expunge",
     help="Remove a language function from an open-weight causal language model, with evidence.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 stderr = Console(stderr=True)
 stdout = Console()
 
+# What every mistake in the words of a command line is to typer, old or new.
+UsageError: type[Any] = typer.BadParameter.__mro__[1]
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to standard output.")]
 Settings = Annotated[
-    list[str] | None, typer.Option("--set", help="Any setting of the recipe, as key=value.")
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Any setting of the recipe; repeat for several. a.b=v reaches into a.",
+    ),
 ]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Discard what the folder holds of a run.")]
 
 
 @app.command()
 def run(
-    recipe: Annotated[Path | None, typer.Argument(help="A recipe in YAML.")] = None,
-    out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the run.")] = Path("run"),
-    model: Annotated[str | None, typer.Option(help="Model directory or hub name.")] = None,
-    function: Annotated[str | None, typer.Option(help="Language function to remove.")] = None,
-    objective: Annotated[str | None, typer.Option(help="Objective; see `expunge ls`.")] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Argument(metavar="RECIPE", help="A recipe in YAML; flags win over it."),
+    ] = None,
+    out: Annotated[
+        Path, typer.Option("-o", "--out", metavar="DIR", help="Folder of the run.")
+    ] = Path("run"),
+    model: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Model directory, or name on the Hub.")
+    ] = None,
+    function: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Language function to remove; see `expunge ls`."),
+    ] = None,
+    objective: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Objective; default: the function's own."),
+    ] = None,
     forget: Annotated[
-        list[str] | None, typer.Option(help="Texts to forget; repeat for several topics.")
+        list[str] | None,
+        typer.Option(metavar="FILE", help="Texts to forget; repeat for several topics."),
     ] = None,
     retain: Annotated[
-        list[str] | None, typer.Option(help="Texts to keep; repeat for several sources.")
+        list[str] | None,
+        typer.Option(metavar="FILE", help="Texts to keep; repeat for several sources."),
     ] = None,
-    questions: Annotated[str | None, typer.Option(help="Questions on the forgotten.")] = None,
-    retain_questions: Annotated[str | None, typer.Option(help="Questions on the kept.")] = None,
-    text: Annotated[str | None, typer.Option(help="Text for perplexity.")] = None,
+    questions: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Questions on what is forgotten.")
+    ] = None,
+    retain_questions: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Questions on what must stay.")
+    ] = None,
+    text: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Text for perplexity; default: held-back retain texts."),
+    ] = None,
     layer: Annotated[
-        str | None, typer.Option(help="Deepest layer read (0-based), or auto.")
+        str | None,
+        typer.Option(metavar="N", help="Deepest layer read, counted from 0; default: auto."),
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
-    lr: Annotated[str | None, typer.Option(help="Learning rate, or auto.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(metavar="N", help="Optimiser steps; default: 150.")
+    ] = None,
+    lr: Annotated[
+        str | None, typer.Option(metavar="X", help="Learning rate; default: auto.")
+    ] = None,
     batch_size: Annotated[
         str | None,
-        typer.Option(help="Texts of one step; auto: 16, computed as many at once as fit."),
+        typer.Option(
+            metavar="N",
+            help="Forget texts, and retain texts, of one step; default: 16. However many, they "
+            "are computed as many at once as fit into memory; auto says just that.",
+        ),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Random seed.")] = None,
-    oracle: Annotated[str | None, typer.Option(help="Retrained model to compare with.")] = None,
+    seed: Annotated[int | None, typer.Option(metavar="N", help="Random seed; default: 0.")] = None,
+    oracle: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="A model never taught the function, to compare with."),
+    ] = None,
     settings: Settings = None,
-    fresh: Annotated[bool, typer.Option(help="Discard an earlier run in the folder.")] = False,
+    fresh: Fresh = False,
     as_json: Json = False,
 ) -> None:
-    """Learn a patch from a recipe or from flags, and measure it. Resumes an interrupted run."""
-    from expunge.recipe import Recipe, merge_overrides
-    from expunge.run import run as run_recipe
+    """Learn a patch and measure it.
 
-    flags: dict[str, Any] = {
-        "model": model,
-        "function": function,
-        "objective": objective,
-        "forget": forget or None,
-        "retain": retain or None,
-        "questions": questions,
-        "retain_questions": retain_questions,
-        "text": text,
-        "layer": _number(layer),
-        "steps": steps,
-        "lr": _number(lr),
-        "seed": seed,
-        "oracle": oracle,
-    }
-    if batch_size is not None:
-        automatic = batch_size == "auto"
-        flags |= {"micro_batch_size": "auto"} if automatic else {"batch_size": _number(batch_size)}
-    given = merge_overrides({k: v for k, v in flags.items() if v is not None}, settings or [])
-    chosen = Recipe.load(recipe, given) if recipe is not None else Recipe.build(given)
-    record = run_recipe(chosen, out, progress=_progress(), fresh=fresh)
+    Settings come from a recipe, from flags, or both; model, forget and retain
+    have no default. The same command goes on with a run that was interrupted.
+    """
+    with _resumable():
+        from expunge.recipe import Recipe, merge_overrides, read_settings
+        from expunge.run import run as run_recipe
+
+        flags: dict[str, Any] = {
+            "model": model,
+            "function": function,
+            "objective": objective,
+            "forget": forget or None,
+            "retain": retain or None,
+            "questions": questions,
+            "retain_questions": retain_questions,
+            "text": text,
+            "layer": _number(layer),
+            "steps": steps,
+            "lr": _number(lr),
+            "seed": seed,
+            "oracle": oracle,
+        }
+        if batch_size is not None:
+            automatic = batch_size == "auto"
+            flags |= (
+                {"micro_batch_size": "auto"} if automatic else {"batch_size": _number(batch_size)}
+            )
+        written = {} if recipe is None else read_settings(recipe)
+        given = {key: value for key, value in flags.items() if value is not None}
+        chosen = Recipe.build(merge_overrides({**written, **given}, settings or []))
+        record = run_recipe(chosen, out, progress=_progress(), fresh=fresh)
     if as_json:
         _print_json({"out": str(out), **record.to_dict()})
     else:
         from expunge.tables import print_record
 
         print_record(stdout, record)
-        stderr.print(f"run directory: {out}", markup=False, highlight=False)
+        stderr.print(f"run directory: {out}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the runs.")] = Path(
-        "demo-run"
-    ),
-    seeds: Annotated[int, typer.Option(min=1, help="How many seeds.")] = 5,
-    fresh: Annotated[bool, typer.Option(help="Discard earlier runs in the folder.")] = False,
+    out: Annotated[
+        Path, typer.Option("-o", "--out", metavar="DIR", help="Folder of the runs.")
+    ] = Path("demo-run"),
+    seeds: Annotated[int, typer.Option(min=1, metavar="N", help="How many seeds.")] = 5,
+    fresh: Fresh = False,
     as_json: Json = False,
 ) -> None:
-    """Unlearn the hazard domain of the embedded miniature with three objectives."""
-    from expunge.demo import demo as run_demo
-    from expunge.tables import print_demo
+    """Unlearn the hazard domain of the embedded miniature with three objectives.
 
-    summary = run_demo(out, seeds=seeds, progress=_progress(), fresh=fresh)
+    Needs neither network nor data. The same command goes on with a demo that
+    was interrupted.
+    """
+    with _resumable(), disk_errors(out):
+        from expunge.demo import demo as run_demo
+        from expunge.tables import print_demo
+
+        summary = run_demo(out, seeds=seeds, progress=_progress(), fresh=fresh)
     if as_json:
         _print_json(summary.to_dict())
     else:
@@ -127,18 +186,24 @@ def demo(
 
 @app.command()
 def apply(
-    patch: Annotated[Path, typer.Argument(help="A patch file, or a run directory.")],
-    model: Annotated[str, typer.Option(help="The base model's directory.")],
-    out: Annotated[Path, typer.Option("-o", "--out", help="New model directory.")],
-    scale: Annotated[float, typer.Option(help="Multiply the patch.")] = 1.0,
+    patch: Annotated[
+        Path, typer.Argument(metavar="PATCH", help="A patch file, or a run directory.")
+    ],
+    model: Annotated[str, typer.Option(metavar="DIR", help="The base model's directory.")],
+    out: Annotated[
+        Path, typer.Option("-o", "--out", metavar="DIR", help="The new model's directory.")
+    ],
+    scale: Annotated[
+        float, typer.Option(metavar="S", help="How much of the patch: 0.5 for half, -1 to undo.")
+    ] = 1.0,
     as_json: Json = False,
 ) -> None:
-    """Write the patched model; only the changed tensors differ from the base's bytes."""
+    """Write the patched model; nothing differs from the base but the changed tensors."""
     from expunge.model.checkpoint import apply_patch
     from expunge.model.patch import Patch
 
     learned = Patch.load(_patch_path(patch))
-    with _progress().phase("apply", 1) as advance:
+    with _progress().phase("apply", 1) as advance, disk_errors(out):
         apply_patch(learned, model, out, scale=scale)
         advance(1)
     _result(as_json, {"out": str(out), "tensors": list(learned.names), "scale": scale})
@@ -146,15 +211,28 @@ def apply(
 
 @app.command("eval")
 def evaluate(
-    model: Annotated[str, typer.Option(help="Model directory or hub name.")],
-    patch: Annotated[Path | None, typer.Option(help="A patch to apply in memory.")] = None,
-    questions: Annotated[str | None, typer.Option(help="Questions file.")] = None,
-    text: Annotated[str | None, typer.Option(help="Text file.")] = None,
-    max_tokens: Annotated[int, typer.Option(min=2, help="Longest text in tokens.")] = 512,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = "auto",
+    model: Annotated[str, typer.Option(metavar="DIR", help="Model directory, or name on the Hub.")],
+    patch: Annotated[
+        Path | None,
+        typer.Option(metavar="PATCH", help="Patch file or run directory, applied in memory."),
+    ] = None,
+    questions: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Multiple-choice questions.")
+    ] = None,
+    text: Annotated[str | None, typer.Option(metavar="FILE", help="Texts.")] = None,
+    max_tokens: Annotated[
+        int, typer.Option(min=2, metavar="N", help="Longest text in tokens; the rest is cut off.")
+    ] = 512,
+    device: Annotated[
+        str, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, …; auto: cuda if there is one.")
+    ] = "auto",
     as_json: Json = False,
 ) -> None:
-    """Accuracy and nats/token on questions, nats/token and perplexity on text."""
+    """Measure a model, patched or not.
+
+    Accuracy and nats/token on questions, nats/token and perplexity on text,
+    each with a 95 % interval.
+    """
     from expunge.measure import measure
     from expunge.tables import print_scores
 
@@ -177,15 +255,21 @@ def evaluate(
 
 @app.command()
 def plan(
-    model: Annotated[str, typer.Option(help="Model directory.")],
-    layer: Annotated[str, typer.Option(help="Deepest layer read, or auto.")] = "auto",
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 150,
-    batch_size: Annotated[int, typer.Option(min=1, help="Texts of one step.")] = 16,
-    tokens: Annotated[int, typer.Option(min=2, help="Tokens of a text.")] = 512,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    model: Annotated[str, typer.Option(metavar="DIR", help="Model directory, or name on the Hub.")],
+    layer: Annotated[
+        str, typer.Option(metavar="N", help="Deepest layer read, counted from 0.")
+    ] = "auto",
+    steps: Annotated[int, typer.Option(min=1, metavar="N", help="Optimiser steps.")] = 150,
+    batch_size: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Forget texts, and retain texts, of one step.")
+    ] = 16,
+    tokens: Annotated[int, typer.Option(min=2, metavar="N", help="Tokens of a text.")] = 512,
+    dtype: Annotated[
+        str, typer.Option(metavar="NAME", help="float32, bfloat16 or float16.")
+    ] = "float32",
     as_json: Json = False,
 ) -> None:
-    """What a run will read, compute and take, before anything is loaded."""
+    """Tell what a run would read, compute and take, without loading the weights."""
     from expunge.plan import plan as make_plan
     from expunge.tables import print_plan
 
@@ -200,10 +284,12 @@ def plan(
 
 @app.command("ls")
 def list_(
-    directory: Annotated[Path | None, typer.Argument(help="Folder that holds runs.")] = None,
+    directory: Annotated[
+        Path | None, typer.Argument(metavar="DIR", help="Folder that holds runs.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Runs under a folder; without one, the objectives and functions there are."""
+    """List the runs under a folder; without one, the objectives and functions there are."""
     from expunge import tables
     from expunge.functions import FUNCTIONS
     from expunge.objectives import OBJECTIVES
@@ -234,10 +320,10 @@ def list_(
 
 @app.command()
 def show(
-    path: Annotated[Path, typer.Argument(help="A run directory or a patch file.")],
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A run directory or a patch file.")],
     as_json: Json = False,
 ) -> None:
-    """A run's scores and settings, or what a patch changes."""
+    """Show a run's scores and times, or what a patch changes."""
     from expunge import tables
     from expunge.model.patch import Patch
     from expunge.records import RunRecord
@@ -263,26 +349,66 @@ def main() -> NoReturn:
     # A scheduler's polite stop is an interruption like Ctrl-C: state is saved, nothing is lost.
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        code = app(standalone_mode=False)
+        code = app(args=sys.argv[1:] or ["--help"], standalone_mode=False)
     except ExpungeError as error:
-        stderr.print("[bold red]error:[/] ", end="")
-        stderr.print(str(error), markup=False, highlight=False)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        stderr.print("interrupted; the same command goes on where it stopped")
-        sys.exit(INTERRUPTED)
-    except typer.Abort:
+        _fail(error)
+    except UsageError as error:
+        _fail(_as_recipe_error(error))
+    # typer may turn the first into the second, or into the exit code 130.
+    except (KeyboardInterrupt, typer.Abort):
         sys.exit(INTERRUPTED)
     except BrokenPipeError:
         # The reader of a pipe left; that is its right.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
-    except Exception as error:
-        if hasattr(error, "show") and hasattr(error, "exit_code"):
-            error.show()
-            sys.exit(error.exit_code)
-        raise
+    except OSError as error:
+        _fail(
+            ResourceError(
+                what="A file or folder cannot be used",
+                got=f"{error.strerror}: {error.filename}",
+                allowed="paths that the system accepts, and that you may read and write",
+                fix="check the path and its permissions",
+            )
+        )
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(error: ExpungeError) -> NoReturn:
+    stderr.print("[bold red]error:[/] ", end="")
+    stderr.print(str(error), markup=False, highlight=False, soft_wrap=True)
+    sys.exit(error.exit_code)
+
+
+def _as_recipe_error(error: Any) -> RecipeError:
+    """A mistake in the words of the command line, told in four parts."""
+    command = error.ctx.command_path if error.ctx is not None else "expunge"
+    names = []
+    if error.ctx is not None:
+        commands = getattr(error.ctx.command, "commands", {})
+        flags = [flag for param in error.ctx.command.params for flag in param.opts if "-" in flag]
+        names = [*commands, *([] if commands else flags)]
+    parameter = getattr(error, "param", None)
+    if parameter is not None:
+        allowed = f"{', '.join(parameter.opts)}: {parameter.help}"
+    else:
+        allowed = ", ".join(names) or f"see `{command} --help`"
+    unknown = getattr(error, "option_name", "") or " ".join(sys.argv[1:2])
+    is_misspelt = hasattr(error, "possibilities") or "No such" in error.format_message()
+    return RecipeError(
+        what=f"The command line of `{command}` cannot be used",
+        got=error.format_message(),
+        allowed=allowed,
+        fix=nearest(unknown, names) if is_misspelt else f"see `{command} --help`",
+    )
+
+
+@contextmanager
+def _resumable() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        stderr.print("interrupted; the same command goes on where it stopped")
+        raise
 
 
 def _interrupt(_signal: int, _frame: Any) -> NoReturn:
@@ -322,7 +448,8 @@ def _result(as_json: bool, value: dict[str, Any]) -> None:
         _print_json(value)
     else:
         for key, item in value.items():
-            stdout.print(f"{key}: {item}", markup=False, highlight=False)
+            shown = ", ".join(item) if isinstance(item, list) else item
+            stdout.print(f"{key}: {shown}", markup=False, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

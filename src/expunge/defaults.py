@@ -7,19 +7,51 @@ what the literature reports for 7-8B models; they are ours, not a paper's.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
 from expunge.errors import RecipeError
 from expunge.model.segment import Segment
 
-RELATIVE_STEP = 0.8
+RELATIVE_STEP = 2.5
+# Up to so many layers a model is shallow: it is read at its last layer and trained throughout.
+SHALLOW = 12
+# RMU's layer for 7-8B models of 32 layers (arXiv:2403.03218).
+DEEP_LAYER = 7
 
 
 def default_layer(n_layers: int) -> int:
     """Deepest layer read, 0-based."""
-    # RMU reads layer 7 of 32; a shallow model forgets only when nearly all of it is below.
-    return 7 if n_layers >= 28 else max(0, min(n_layers - 2, round(0.75 * n_layers)))
+    return n_layers - 1 if n_layers <= SHALLOW else DEEP_LAYER
+
+
+def default_trained(layer: int, n_layers: int) -> tuple[int, ...]:
+    """Layers whose projection is trained: RMU's three, or in a shallow model all below."""
+    return tuple(range(0 if n_layers <= SHALLOW else max(0, layer - 2), layer + 1))
+
+
+def check_layer(layer: Any, n_layers: int) -> None:
+    """Raise RecipeError unless ``layer`` is a decoder layer of a model of ``n_layers``."""
+    if not isinstance(layer, int) or not 0 <= layer < n_layers:
+        raise RecipeError(
+            what="A layer is out of range",
+            got=f"layer {layer}",
+            allowed=f"0 to {n_layers - 1}, or auto",
+            fix="set --layer within the range, or leave it out",
+        )
+
+
+def fitting_tokens(max_tokens: int, config: Mapping[str, Any]) -> int:
+    """``max_tokens``, or the context of the model with this config where that is shorter.
+
+    Beyond its context a model with learned positions fails, and others were never trained.
+    """
+    text = config.get("text_config", config)
+    sizes = (text.get(key) for key in ("max_position_embeddings", "n_positions"))
+    context = next((size for size in sizes if isinstance(size, int) and size > 1), max_tokens)
+    return min(max_tokens, context)
 
 
 def default_lr(segment: Segment) -> float:
@@ -27,8 +59,7 @@ def default_lr(segment: Segment) -> float:
 
     One AdamW step moves every element by about the learning rate. When the elements move
     together, the product moves by about ``lr · fan_in · |x|`` where it was about
-    ``rms(W) · √fan_in · |x|``; RELATIVE_STEP is the ratio of the two. At 0.4 to 0.5 it gives
-    RMU's 5e-5 on Zephyr-7B's shapes.
+    ``rms(W) · √fan_in · |x|``; RELATIVE_STEP is the ratio of the two, at the first step.
     """
     weights = list(segment.weights.values())
     fan_in = max(weights[0].shape) if len(set(weights[0].shape)) > 1 else weights[0].shape[0]

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from expunge.evaluation.stats import Spread, mean_and_spread
-from expunge.miniature import World, base_directory, check_data, oracle_directory
+from expunge.jobs import Job, run_jobs
+from expunge.miniature import base_directory, check_data, oracle_directory
 from expunge.progress import Progress, Silent
 from expunge.recipe import Recipe
 from expunge.records import RunRecord, Score
-from expunge.run import Workbench, run
 
 OBJECTIVES = ("cosine-rmu", "rmu", "adaptive-rmu")
 NAMES = ("forget_accuracy", "retain_accuracy", "forget_nll", "retain_nll", "perplexity")
@@ -73,7 +73,12 @@ def demo_recipe(data: Path, **changes: Any) -> Recipe:
 
 
 def demo(
-    out: Path, *, seeds: int = 5, progress: Progress | None = None, fresh: bool = False
+    out: Path,
+    *,
+    seeds: int = 5,
+    workers: int | None = None,
+    progress: Progress | None = None,
+    fresh: bool = False,
 ) -> DemoSummary:
     """Run every objective for every seed; a run directory each under ``out``.
 
@@ -82,27 +87,21 @@ def demo(
     """
     progress = progress or Silent()
     start = time.perf_counter()
-    check_data()
-    World.generate().write(out / "data")
+    check_data().write(out / "data")
     recipe = demo_recipe(out / "data")
-    bench = Workbench(recipe, progress)
-    runs: dict[str, list[RunRecord]] = {}
-    for objective in OBJECTIVES:
-        runs[objective] = []
-        for seed in range(seeds):
-            progress.say(f"{objective}, seed {seed}")
-            record = run(
-                recipe.updated(objective=objective, seed=seed),
-                out / f"{objective}-seed{seed}",
-                progress=progress,
-                bench=bench,
-                fresh=fresh,
-            )
-            runs[objective].append(record)
-    first = runs[OBJECTIVES[0]][0]
+    names = [(objective, seed) for objective in OBJECTIVES for seed in range(seeds)]
+    jobs = [
+        Job(recipe.updated(objective=name, seed=seed), out / f"{name}-seed{seed}", fresh)
+        for name, seed in names
+    ]
+    records = run_jobs(jobs, workers=workers, progress=progress)
+    runs: dict[str, list[RunRecord]] = {name: [] for name in OBJECTIVES}
+    for (name, _), record in zip(names, records, strict=True):
+        runs[name].append(record)
+    scores = records[0].scores
     return DemoSummary(
         runs,
-        [score for score in first.scores if score.model == "base"],
-        [score for score in first.scores if score.model == "oracle"],
+        [score for score in scores if score.model == "base"],
+        [score for score in scores if score.model == "oracle"],
         time.perf_counter() - start,
     )

@@ -6,7 +6,7 @@
     ├── ModelError          4   a model or tokenizer is missing, unsupported or does not fit
     ├── PatchError          5   a patch does not belong to this base, or cannot be read
     ├── TrainingError       6   a run cannot have worked: constant loss, nothing changed, …
-    └── ResourceError       7   disk full, out of memory at the smallest batch
+    └── ResourceError       7   disk full or not writable, out of memory at the smallest batch
 
 The number is the exit code of the command line. An interrupted run exits with 130.
 """
@@ -62,6 +62,6 @@ class TrainingError(ExpungeError):
 
 
 class ResourceError(ExpungeError):
-    """The machine ran out of disk or memory and no smaller way was left."""
+    """Disk full or not writable, or out of memory and no smaller way was left."""
 
     exit_code = 7

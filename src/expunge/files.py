@@ -15,14 +15,22 @@ from expunge.errors import ResourceError
 
 # EDQUOT is missing on some platforms.
 DISK_FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
+NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR}
 
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn a full disk met inside the block into a ResourceError that names ``path``."""
+    """Turn a disk that is full or not writable into a ResourceError that names ``path``."""
     try:
         yield
     except OSError as error:
+        if error.errno in NOT_WRITABLE:
+            raise ResourceError(
+                what=f"{path} cannot be written",
+                got=str(error),
+                allowed="a place where the user running expunge may create files and folders",
+                fix="choose another output folder (-o), or mend its permissions",
+            ) from error
         if error.errno not in DISK_FULL:
             raise
         raise ResourceError(
@@ -41,16 +49,16 @@ def replacing(path: Path | str) -> Iterator[Path]:
     reach the disk before the rename, so a power cut leaves the old file or the new one.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with disk_errors(path):
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
             yield temporary
             with temporary.open("rb") as handle:
                 os.fsync(handle.fileno())
             temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path | str, text: str) -> None:

@@ -7,14 +7,15 @@ from pathlib import Path
 import torch
 
 from expunge.data.sources import read_questions, read_texts
-from expunge.defaults import resolve_device
+from expunge.data.tokens import check_vocabulary
+from expunge.defaults import fitting_tokens, resolve_device
 from expunge.errors import DataError
 from expunge.evaluation.fluency import nll, perplexity
 from expunge.evaluation.likelihood import score
 from expunge.evaluation.multiple_choice import accuracy, answer_nll, prepare_questions
 from expunge.evaluation.prepared import prepare_texts
 from expunge.evaluation.stats import to_score
-from expunge.model.checkpoint import open_model
+from expunge.model.checkpoint import Checkpoint, open_model
 from expunge.model.patch import Patch
 from expunge.progress import Progress, Silent
 from expunge.records import ModelRole, Score
@@ -41,7 +42,8 @@ def measure(
         text: texts in any form that `read_texts` knows.
 
     Raises:
-        DataError: neither questions nor text is given.
+        DataError: neither questions nor text is given, or a file cannot be used.
+        ModelError, PatchError, RecipeError: as `open_model`, `Patch`, `resolve_device` raise them.
     """
     progress = progress or Silent()
     if questions is None and text is None:
@@ -56,16 +58,21 @@ def measure(
     for loaded in (asked, texts):
         if loaded is not None and loaded.skipped:
             progress.say(f"note: {loaded}")
+    learned = None if patch is None else Patch.load(patch)
+    tokens = fitting_tokens(max_tokens, Checkpoint.open(model).config)
+    if tokens < max_tokens:
+        progress.say(f"note: the model's context is {tokens} tokens; longer texts are cut there")
     network, tokenizer = open_model(
         model, layers=None, dtype=torch.float32, device=resolve_device(device)
     )
+    check_vocabulary(tokenizer, network.get_input_embeddings().weight.shape[0])
     role: ModelRole = "base"
-    if patch is not None:
-        Patch.load(patch).apply_(network)
+    if learned is not None:
+        learned.apply_(network)
         role = "patched"
     examples = []
     if asked is not None:
-        prepared = prepare_questions(tokenizer, asked.items, max_tokens=max_tokens)
+        prepared = prepare_questions(tokenizer, asked.items, max_tokens=tokens)
         with progress.phase("questions", prepared.rows) as advance:
             scored = score(network, prepared, batch_size=QUESTION_BATCH, on_progress=advance)
         examples += [
@@ -73,7 +80,7 @@ def measure(
             answer_nll(asked.items, scored, name="answer_nll", higher_is="worse"),
         ]
     if texts is not None:
-        prepared = prepare_texts(tokenizer, texts.items, max_tokens=max_tokens)
+        prepared = prepare_texts(tokenizer, texts.items, max_tokens=tokens)
         with progress.phase("text", prepared.rows) as advance:
             scored = score(network, prepared, batch_size=TEXT_BATCH, on_progress=advance)
         examples += [nll(scored, name="text_nll", higher_is="worse"), perplexity(scored)]

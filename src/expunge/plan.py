@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from expunge.defaults import default_layer
+from expunge.defaults import check_layer, default_layer, default_trained
 from expunge.errors import RecipeError
 from expunge.model.checkpoint import Checkpoint
 
@@ -73,8 +73,9 @@ def plan(model: str, *, layer: Any, steps: int, batch_size: int, tokens: int, dt
     checkpoint = Checkpoint.open(model)
     total = checkpoint.n_layers
     layer = default_layer(total) if layer == "auto" else layer
-    _check(layer, total, dtype)
-    trained = tuple(range(max(0, layer - 2), layer + 1))
+    check_layer(layer, total)
+    _check_dtype(dtype)
+    trained = default_trained(layer, total)
     text = checkpoint.config.get("text_config", checkpoint.config)
     hidden = int(text.get("hidden_size") or text["n_embd"])
     inner = int(text.get("intermediate_size") or text.get("n_inner") or 4 * hidden)
@@ -126,14 +127,7 @@ def plan(model: str, *, layer: Any, steps: int, batch_size: int, tokens: int, dt
     )
 
 
-def _check(layer: Any, total: int, dtype: str) -> None:
-    if not isinstance(layer, int) or not 0 <= layer < total:
-        raise RecipeError(
-            what="A layer is out of range",
-            got=f"layer {layer}",
-            allowed=f"0 to {total - 1}, or auto",
-            fix="set --layer within the range",
-        )
+def _check_dtype(dtype: str) -> None:
     if dtype not in BYTES:
         raise RecipeError(
             what="Unknown dtype",

@@ -49,7 +49,7 @@ class Bars:
 
     def say(self, message: str) -> None:
         """Print the message, with no markup read from it: it may hold file names or data."""
-        self.console.print(message, markup=False, highlight=False)
+        self.console.print(message, markup=False, highlight=False, soft_wrap=True)
 
     @contextmanager
     def phase(self, title: str, total: int) -> Iterator[Advance]:

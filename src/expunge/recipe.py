@@ -9,10 +9,10 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from expunge.errors import RecipeError
 from expunge.files import write_text
@@ -22,12 +22,16 @@ from expunge.training.loop import FirstToken, LrSchedule
 from expunge.training.tradeoff import TradeoffKind
 
 Auto = Literal["auto"]
+NUMBERS = (
+    "validation_share held_back_share max_texts max_tokens layer steps lr batch_size "
+    "micro_batch_size weight_decay retain_weight rna_noise seed save_every cache_gib"
+).split()
 
 
 class Recipe(BaseModel):
     """One run: model, data, objective, training, evaluation. Every field has a description."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     function: str = Field("knowledge", description="language function to remove")
     model: str = Field(description="model directory (safetensors), or a hub name")
@@ -63,10 +67,10 @@ class Recipe(BaseModel):
         None, description="layers whose projection is trained; default: layer-2 to layer"
     )
     steps: int = Field(150, ge=1, description="optimiser steps")
-    lr: float | Auto = Field("auto", description="learning rate of AdamW")
+    lr: Annotated[float, Field(gt=0)] | Auto = Field("auto", description="learning rate of AdamW")
     lr_schedule: LrSchedule = Field("linear", description="linear to zero, or constant")
     batch_size: int = Field(16, ge=1, description="forget texts and retain texts of one step")
-    micro_batch_size: int | Auto = Field(
+    micro_batch_size: Annotated[int, Field(ge=1)] | Auto = Field(
         "auto", description="texts computed at once; auto: as many as fit"
     )
     weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay")
@@ -74,7 +78,9 @@ class Recipe(BaseModel):
         None, ge=0, description="weight of the retain term; default: the objective's"
     )
     tradeoff: TradeoffKind = Field("fixed", description="how forget and retain are weighed")
-    target: TargetKind = Field("positive", description="kind of the target direction")
+    target: TargetKind | Auto = Field(
+        "auto", description="kind of the target direction; auto: the objective's"
+    )
     rna_noise: float = Field(0.0, ge=0, description="std of the noise on the retain reference")
     first_token: FirstToken = Field("retain", description="which term counts the first token")
     seed: int = Field(0, ge=0, description="of targets, batch order and noise")
@@ -92,6 +98,20 @@ class Recipe(BaseModel):
     evaluate: bool = Field(True, description="measure base and patched model after training")
     oracle: str | None = Field(None, description="a model never taught the function, to compare")
 
+    @field_validator("forget", "retain", mode="before")
+    @classmethod
+    def _one_source(cls, value: Any) -> Any:
+        """A single source may be written without a list."""
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator(*NUMBERS, mode="before")
+    @classmethod
+    def _no_truth_value(cls, value: Any) -> Any:
+        """YAML reads ``yes`` and ``on`` as true, which would count as 1."""
+        if isinstance(value, bool):
+            raise ValueError("a number, not true or false")
+        return value
+
     @classmethod
     def build(cls, settings: Mapping[str, Any]) -> Recipe:
         """Validate settings. Raises RecipeError for an unknown key or an unfit value."""
@@ -103,23 +123,7 @@ class Recipe(BaseModel):
     @classmethod
     def load(cls, path: Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
         """Read a YAML recipe; ``overrides`` win. Relative paths in it stay relative to the cwd."""
-        try:
-            raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise RecipeError(
-                what=f"The recipe {path} cannot be read",
-                got=f"{type(error).__name__}: {str(error).splitlines()[0]}",
-                allowed="a YAML file of settings",
-                fix="check the path; `expunge run --help` lists the settings",
-            ) from error
-        if not isinstance(raw, dict):
-            raise RecipeError(
-                what=f"The recipe {path} is not a mapping",
-                got=type(raw).__name__ if raw is not None else "an empty file",
-                allowed="lines of the form `key: value`",
-                fix="start from the recipe.yaml of an earlier run",
-            )
-        return cls.build({**raw, **(overrides or {})})
+        return cls.build({**read_settings(path), **(overrides or {})})
 
     def save(self, path: Path) -> None:
         """Write the recipe as YAML, atomically."""
@@ -138,6 +142,28 @@ class Recipe(BaseModel):
         return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings in a YAML file, not yet validated. Raises RecipeError if it is no mapping."""
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    # A ValueError is text that is not UTF-8, or a date that does not exist.
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise RecipeError(
+            what=f"The recipe {path} cannot be read",
+            got=f"{type(error).__name__}: {' '.join(str(error).split())}",
+            allowed="a YAML file of settings",
+            fix="check the path; `expunge run --help` lists the settings",
+        ) from error
+    if not isinstance(raw, dict):
+        raise RecipeError(
+            what=f"The recipe {path} is not a mapping",
+            got=type(raw).__name__ if raw is not None else "an empty file",
+            allowed="lines of the form `key: value`",
+            fix="start from the recipe.yaml of an earlier run",
+        )
+    return {str(key): value for key, value in raw.items()}
+
+
 def parse_override(text: str) -> tuple[str, Any]:
     """``key=value`` of ``--set``, the value as YAML; ``a.b=v`` reaches into ``a``."""
     key, equals, value = text.partition("=")
@@ -150,7 +176,7 @@ def parse_override(text: str) -> tuple[str, Any]:
         )
     try:
         return key.strip(), yaml.safe_load(value)
-    except yaml.YAMLError as error:
+    except (ValueError, yaml.YAMLError) as error:
         raise RecipeError(
             what=f"The value of {key} cannot be read",
             got=repr(value),
@@ -160,12 +186,15 @@ def parse_override(text: str) -> tuple[str, Any]:
 
 
 def merge_overrides(base: Mapping[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """Settings with ``--set`` overrides on top."""
+    """Settings with ``--set`` overrides on top; ``a.b=v`` keeps the rest of ``a``."""
     merged = dict(base)
     for text in overrides:
         key, value = parse_override(text)
         outer, dot, inner = key.partition(".")
-        merged[outer] = {**(merged.get(outer) or {}), inner: value} if dot else value
+        within = merged.get(outer)
+        if dot:
+            value = {**(within if isinstance(within, dict) else {}), inner: value}
+        merged[outer] = value
     return merged
 
 

@@ -77,7 +77,10 @@ class RunRecord:
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> RunRecord:
-        """Inverse of `to_dict`."""
+        """Inverse of `to_dict`. Raises KeyError or TypeError for anything else."""
+        for name in ("timing", "provenance", "training"):
+            if not isinstance(raw.get(name, {}), dict):
+                raise TypeError(f"{name} is no object")
         scores = [Score(**score) for score in raw["scores"]]
         return cls(**{**raw, "scores": scores})
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
@@ -23,9 +24,17 @@ import torch
 from expunge import provenance
 from expunge.data.text import Text
 from expunge.data.tokens import check_vocabulary, encode, too_short
-from expunge.defaults import default_layer, default_lr, resolve_device
-from expunge.errors import DataError
+from expunge.defaults import (
+    check_layer,
+    default_layer,
+    default_lr,
+    default_trained,
+    fitting_tokens,
+    resolve_device,
+)
+from expunge.errors import DataError, ExpungeError, RecipeError
 from expunge.evaluation.suite import Suite
+from expunge.files import disk_errors
 from expunge.functions import FUNCTIONS
 from expunge.functions.base import DataSettings, FunctionData
 from expunge.model.boundaries import BoundaryStore
@@ -33,6 +42,7 @@ from expunge.model.checkpoint import Checkpoint, open_model
 from expunge.model.memory import peak_bytes
 from expunge.model.patch import Patch, causal_lm_name
 from expunge.model.segment import Segment
+from expunge.model.shards import dtype_name
 from expunge.model.structure import Structure, find_structure
 from expunge.objectives import OBJECTIVES, settings_of
 from expunge.progress import Progress, Silent
@@ -107,17 +117,24 @@ def run(
         ExpungeError: other kinds, from the parts.
     """
     progress = progress or Silent()
-    finished = _claim(recipe, out, fresh=fresh)
+    finished = None if fresh else _look(recipe, out)
     if finished is not None:
         progress.say(f"{out} holds this run, finished; --fresh runs it again")
         return finished
-    bench = bench or Workbench(recipe, progress)
+    own = bench is None
+    bench = bench or Workbench(recipe, progress, spill_directory=out)
+    bench.check(recipe)
+    _claim(recipe, out, fresh=fresh)
     # The patch is written last of all training, so one that is there is whole.
     if not (out / PATCH_NAME).exists():
-        stage = Stage(out / STATE_NAME, out / LOSSES_NAME, bench.context(recipe))
-        trained, _ = bench.train(recipe, stage)
+        with _unclaiming(out):
+            stage = Stage(out / STATE_NAME, out / LOSSES_NAME, bench.context(recipe))
+            trained, _ = bench.train(recipe, stage)
         trained.save(out / PATCH_NAME)
     patch = Patch.load(out / PATCH_NAME)
+    _check_same_data(patch, bench.data.hashes, out)
+    if own:
+        bench.release_training()
     training = patch.metadata["training"]
     # The file's time is the whole run's, an interrupted part included only where it was saved.
     timing = dict(training["timing"])
@@ -133,18 +150,17 @@ def run(
         seed=recipe.seed,
         timing={"evaluate": 0.0, **timing},
         peak_memory_bytes=peak_bytes(),
-        provenance=bench.provenance(patch),
+        provenance=bench.provenance(recipe, patch),
         scores=scores,
-        training={key: value for key, value in training.items() if key != "timing"},
+        training={key: value for key, value in training.items() if key not in ("timing", "data")},
     )
     record.save(out)
     (out / STATE_NAME).unlink(missing_ok=True)
     return record
 
 
-def _claim(recipe: Recipe, out: Path, *, fresh: bool) -> RunRecord | None:
-    """Make ``out`` the folder of this recipe; the record if it holds this very run, finished."""
-    names = (RECIPE_NAME, PATCH_NAME, LOSSES_NAME, STATE_NAME, RECORD_NAME)
+def _look(recipe: Recipe, out: Path) -> RunRecord | None:
+    """Refuse a folder of another run; the record if it holds this very run, finished."""
     if out.exists() and not out.is_dir():
         raise DataError(
             what="The output folder is a file",
@@ -152,10 +168,11 @@ def _claim(recipe: Recipe, out: Path, *, fresh: bool) -> RunRecord | None:
             allowed="a new or empty folder",
             fix="choose another -o",
         )
-    if fresh:
-        for name in names:
-            (out / name).unlink(missing_ok=True)
-    if (out / RECIPE_NAME).exists():
+    work = [name for name in (PATCH_NAME, LOSSES_NAME, STATE_NAME, RECORD_NAME) if _in(out, name)]
+    # A recipe alone is a run that never took a step: nothing is lost with it.
+    if not work:
+        return None
+    if _in(out, RECIPE_NAME):
         earlier = Recipe.load(out / RECIPE_NAME)
         if earlier.fingerprint != recipe.fingerprint:
             raise DataError(
@@ -164,17 +181,58 @@ def _claim(recipe: Recipe, out: Path, *, fresh: bool) -> RunRecord | None:
                 allowed="a new folder, or the same settings to go on with an interrupted run",
                 fix="choose another -o, or discard that run with --fresh",
             )
-        if (out / RECORD_NAME).exists():
+        measured = (earlier.evaluate, earlier.oracle) == (recipe.evaluate, recipe.oracle)
+        if RECORD_NAME in work and (measured or not recipe.evaluate):
             return RunRecord.load(out)
-    elif out.exists() and any((out / name).exists() for name in names):
-        raise DataError(
-            what="The output folder holds a run without its recipe",
-            got=str(out),
-            allowed="a new or empty folder",
-            fix="choose another -o, or discard what is there with --fresh",
-        )
+        return None
+    raise DataError(
+        what="The output folder holds a run without its recipe",
+        got=f"{out} with {', '.join(work)}",
+        allowed="a new or empty folder",
+        fix="choose another -o, or discard what is there with --fresh",
+    )
+
+
+def _claim(recipe: Recipe, out: Path, *, fresh: bool) -> None:
+    """Make ``out`` the folder of this recipe."""
+    with disk_errors(out):
+        if fresh:
+            for name in (PATCH_NAME, LOSSES_NAME, STATE_NAME):
+                (out / name).unlink(missing_ok=True)
+        # A record that is here is of the run to be discarded, or lacks what is to be measured.
+        (out / RECORD_NAME).unlink(missing_ok=True)
+        for killed in (*out.glob(".*.tmp"), *out.glob("boundaries-*")):
+            shutil.rmtree(killed) if killed.is_dir() else killed.unlink()
     recipe.save(out / RECIPE_NAME)
-    return None
+
+
+@contextmanager
+def _unclaiming(out: Path) -> Iterator[None]:
+    """On an error before the first step, leave no folder behind that holds a recipe alone."""
+    try:
+        yield
+    except ExpungeError:
+        if [path.name for path in out.iterdir()] == [RECIPE_NAME]:
+            (out / RECIPE_NAME).unlink()
+            out.rmdir()
+        raise
+
+
+def _in(out: Path, name: str) -> bool:
+    return (out / name).exists()
+
+
+def _check_same_data(patch: Patch, hashes: Mapping[str, str], out: Path) -> None:
+    """The record names the data's hashes; they must be those that the patch was trained on."""
+    trained_on = patch.metadata["training"]["data"]
+    changed = sorted(name for name in trained_on if trained_on[name] != hashes.get(name))
+    if changed:
+        raise DataError(
+            what=f"The data has changed since the patch in {out} was trained",
+            got=f"{', '.join(changed)} with other content",
+            allowed="the files as they were when the run began",
+            fix="put the files back as they were, or start again with --fresh",
+        )
 
 
 def _differences(one: Recipe, other: Recipe) -> list[str]:
@@ -259,7 +317,32 @@ class Workbench:
         layer = default_layer(self.n_layers) if recipe.layer == "auto" else recipe.layer
         if recipe.trained_layers is not None:
             return recipe.trained_layers, layer
-        return tuple(range(max(0, layer - 2), layer + 1)), layer
+        return default_trained(layer, self.n_layers), layer
+
+    def check(self, recipe: Recipe) -> None:
+        """Everything that can be refused before weights are read.
+
+        Raises:
+            ExpungeError: an unknown part or setting, a layer, device, model or file that is not
+                there, data that cannot be used.
+        """
+        settings_of(OBJECTIVES.get(self._objective(recipe)), recipe.objective_settings)
+        trained, layer = self.layers(recipe)
+        check_layer(layer, self.n_layers)
+        if not trained or min(trained) < 0 or max(trained) > layer:
+            raise RecipeError(
+                what="The trained layers do not fit the layer that is read",
+                got=f"trained_layers {list(trained)}, layer {layer}",
+                allowed=f"one layer or more from 0 to {layer}",
+                fix="raise --layer, or set trained_layers to lower ones",
+            )
+        if recipe.oracle is not None and recipe.evaluate:
+            Checkpoint.open(recipe.oracle)
+        _ = self.device, self.data
+
+    def max_tokens(self, recipe: Recipe) -> int:
+        """Longest text in tokens: what the recipe asks for, within the model's context."""
+        return fitting_tokens(recipe.max_tokens, self.checkpoint.config)
 
     # ---- training
 
@@ -270,6 +353,7 @@ class Workbench:
         if key not in self._cuts:
             opened = self._open(layer)
             segment = Segment(opened.model, opened.structure, trained=trained, captured=(layer,))
+            self._check_dtype(segment)
             self._cuts[key] = self._stores(segment, opened, recipe)
         return self._cuts[key]
 
@@ -296,7 +380,7 @@ class Workbench:
                 micro_batch_size=micro or self._micro_batch_size,
                 weight_decay=recipe.weight_decay,
                 seed=recipe.seed,
-                target=recipe.target,
+                target=entry.extras["target"] if recipe.target == "auto" else recipe.target,
                 rna_noise=recipe.rna_noise,
                 first_token=recipe.first_token,
                 master_weights=recipe.master_weights,
@@ -315,6 +399,7 @@ class Workbench:
         self._micro_batch_size = result.micro_batch_size
         trained, layer = self.layers(recipe)
         facts = {
+            "data": dict(self.data.hashes),
             "timing": {**self.timing, "train": time.perf_counter() - start},
             "layer": layer,
             "trained_layers": list(trained),
@@ -334,16 +419,26 @@ class Workbench:
         default: str = FUNCTIONS.get(recipe.function).extras["objective"]
         return recipe.objective or default
 
+    def _check_dtype(self, segment: Segment) -> None:
+        """A delta to weights that were rounded on reading would not belong to those on disk."""
+        for name in (causal_lm_name(segment.model, name) for name in segment.weights):
+            stored = self.checkpoint.tensors[self.checkpoint.resolve(name)].dtype
+            if torch.promote_types(self.dtype, stored) != self.dtype:
+                raise RecipeError(
+                    what="The dtype of the run cannot hold the weights that it would train",
+                    got=f"{self.recipe.dtype}, and {name} stored in {dtype_name(stored)}",
+                    allowed=f"{dtype_name(stored)}, or a dtype that holds all its values",
+                    fix="set dtype to float32, or save the model in that dtype first",
+                )
+
     def _open(self, layer: int) -> _Opened:
         """The base up to a layer; opened anew only for a deeper one."""
         if self._opened is None or self._opened.structure.n_layers <= layer:
             self._opened, self._cuts = None, {}
-            # A layer out of range is refused by the segment, which names the range.
-            layers = layer + 1 if 0 <= layer < self.n_layers else None
             with self._timed("load"):
                 model, tokenizer = open_model(
                     self.recipe.model,
-                    layers=layers,
+                    layers=layer + 1,
                     dtype=self.dtype,
                     device=self.device,
                     trust_remote_code=self.recipe.trust_remote_code,
@@ -356,7 +451,7 @@ class Workbench:
         sets = [*self.data.forget, self.data.retain]
         names = [*self.recipe.forget, "the retain texts"]
         tokens = [
-            self._token_ids(name, texts, opened.tokenizer, recipe.max_tokens)
+            self._token_ids(name, texts, opened.tokenizer, self.max_tokens(recipe))
             for name, texts in zip(names, sets, strict=True)
         ]
         limit = int(recipe.cache_gib * 2**30)
@@ -399,6 +494,7 @@ class Workbench:
         if cut:
             self.progress.say(
                 f"note: {name}: {cut} of {len(texts)} texts cut at {max_tokens} tokens"
+                + (", the model's context" if max_tokens < self.recipe.max_tokens else "")
             )
         return kept
 
@@ -432,7 +528,7 @@ class Workbench:
         _, tokenizer = self.whole_model()
         return {
             split: Suite.build(
-                tokenizer, split=split, max_tokens=self.recipe.max_tokens, **vars(measured)
+                tokenizer, split=split, max_tokens=self.max_tokens(self.recipe), **vars(measured)
             )
             for split, measured in self.data.measured.items()
         }
@@ -482,6 +578,7 @@ class Workbench:
                 trust_remote_code=self.recipe.trust_remote_code,
             )
             _check_same_tokenizer(self.whole_model()[1], tokenizer, oracle)
+            check_vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0])
             self._other_scores[oracle, split] = self._measure(model, "oracle", split)
         return self._other_scores[oracle, split]
 
@@ -506,10 +603,10 @@ class Workbench:
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
-    def provenance(self, patch: Patch) -> dict[str, Any]:
+    def provenance(self, recipe: Recipe, patch: Patch) -> dict[str, Any]:
         """Recipe, hashes, versions, hardware."""
         return {
-            "recipe": patch.metadata["recipe"],
+            "recipe": recipe.model_dump(mode="json", exclude_none=True),
             "base": {name: base.to_dict() for name, base in patch.base.items()},
             "data": dict(self.data.hashes),
             "notes": list(self.data.notes),

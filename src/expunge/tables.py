@@ -112,7 +112,7 @@ def print_patch(console: Console, patch: Patch) -> None:
 
 
 def _scores_table(title: str, scores: Sequence[Score]) -> Table:
-    table = Table(title=title)
+    table = Table(title=Text(title))
     roles = [role for role in ROLES if any(score.model == role for score in scores)]
     for column in ("score", *roles, "n", "split"):
         table.add_column(column, justify="left" if column == "score" else "right")

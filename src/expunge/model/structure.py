@@ -176,7 +176,9 @@ def _trace_layer(
         if name and not any(True for _ in module.children()):
             if name == nudge:
                 # Not a mere factor: a norm in the tail would take it back and hide a gate.
-                handles.append(module.register_forward_hook(lambda _m, _i, out: 2 * out.roll(1, -1)))
+                handles.append(
+                    module.register_forward_hook(lambda _m, _i, out: 2 * out.roll(1, -1))
+                )
 
             def record(part: nn.Module, args: Any, out: Any, name: str = name) -> None:
                 if args and isinstance(args[0], Tensor) and isinstance(_first(out), Tensor):

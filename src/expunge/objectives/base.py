@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from expunge.errors import RecipeError
+from expunge.objectives.targets import TargetKind
 from expunge.registry import Entry, Registry, nearest
 
 
@@ -81,7 +82,13 @@ OBJECTIVES: Registry[Objective] = Registry("objective")
 
 
 def objective(
-    name: str, *, source: str, deviations: str, needs: Activations, retain_weight: float
+    name: str,
+    *,
+    source: str,
+    deviations: str,
+    needs: Activations,
+    retain_weight: float,
+    target: TargetKind = "positive",
 ) -> Callable[[Objective], Objective]:
     """Register ``f(forget: Captured, retain: Captured, *, settings…) -> Loss``.
 
@@ -91,9 +98,15 @@ def objective(
         deviations: how this differs from the source; say "reconstruction" where it is one.
         needs: what the engine must provide.
         retain_weight: default weight of the retain term (the forget term's is 1).
+        target: default kind of target direction, for objectives that have one.
     """
     return OBJECTIVES.register(
-        name, source=source, deviations=deviations, needs=needs, retain_weight=retain_weight
+        name,
+        source=source,
+        deviations=deviations,
+        needs=needs,
+        retain_weight=retain_weight,
+        target=target,
     )
 
 

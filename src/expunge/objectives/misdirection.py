@@ -84,6 +84,7 @@ def adaptive_rmu(
     "formula, the retain angle and the optional norm terms are ours",
     needs=Activations(forget_reference=True),
     retain_weight=5.0,
+    target="centered",
 )
 def cosine_rmu(
     forget: Captured,
@@ -161,7 +162,9 @@ def _norm_error(batch: Captured, wanted: float) -> Tensor:
 
 
 def _norm_ratio(acts_BTD: Tensor, reference_BTD: Tensor) -> Tensor:
-    return acts_BTD.float().norm(dim=-1) / reference_BTD.float().norm(dim=-1).clamp(min=1e-6)
+    reference_BT = reference_BTD.float().norm(dim=-1).clamp(min=1e-6)
+    ratio_BT: Tensor = acts_BTD.float().norm(dim=-1) / reference_BT
+    return ratio_BT
 
 
 @torch.no_grad()

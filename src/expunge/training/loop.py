@@ -209,7 +209,7 @@ class Trainer:
         topic = step % len(self.forget)
         forget = self._forget_order[topic].batch(step // len(self.forget))
         retain = self._retain_order.batch(step)
-        if not self._first_norm:
+        if step == 0:
             self._first_norm = self._mean_norms(topic, forget)
         while True:
             optimiser.zero_grad()

@@ -1,0 +1,160 @@
+"""Tiny random models of many architectures, texts for them, and trainers over them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers as hf
+from torch import Tensor
+
+from expunge.model.boundaries import BoundaryStore
+from expunge.model.segment import Segment
+from expunge.model.structure import Structure, find_structure
+from expunge.objectives import OBJECTIVES
+from expunge.training.loop import Trainer, TrainingSettings
+from expunge.training.tradeoff import Tradeoff, TradeoffKind
+
+VOCABULARY, HIDDEN, LAYERS = 64, 32, 4
+
+_SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": HIDDEN,
+    "intermediate_size": 48,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    **_SPECIAL,
+}
+_NEOX = {key: value for key, value in _COMMON.items() if key != "num_key_value_heads"}
+_GPT2 = {"vocab_size": VOCABULARY, "n_embd": HIDDEN, "n_layer": LAYERS, "n_head": 4}
+
+# A window shorter than the texts, so that sliding attention differs from full attention.
+_WINDOW = {"sliding_window": 4}
+
+CONFIGS: dict[str, Any] = {
+    "llama": partial(hf.LlamaConfig, **_COMMON),
+    "qwen2": partial(hf.Qwen2Config, **_COMMON),
+    "qwen3": partial(hf.Qwen3Config, **_COMMON, head_dim=8),
+    "olmo2": partial(hf.Olmo2Config, **_COMMON),
+    "olmo3": partial(hf.Olmo3Config, **_COMMON, **_WINDOW),
+    "mistral": partial(hf.MistralConfig, **_COMMON, **_WINDOW),
+    "gemma2": partial(hf.Gemma2Config, **_COMMON, **_WINDOW, head_dim=8),
+    "gemma3": partial(hf.Gemma3TextConfig, **_COMMON, **_WINDOW, head_dim=8),
+    "phi3": partial(hf.Phi3Config, **_COMMON),
+    "gpt2": partial(hf.GPT2Config, **_GPT2, **_SPECIAL, n_positions=64),
+    "neox": partial(hf.GPTNeoXConfig, **_NEOX),
+}
+MIXTURES: dict[str, Any] = {
+    "mixtral": partial(hf.MixtralConfig, **_COMMON, num_local_experts=4),
+    "qwen3-moe": partial(
+        hf.Qwen3MoeConfig,
+        **_COMMON,
+        head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        decoder_sparse_step=1,
+    ),
+}
+
+
+def tiny_model(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
+    """A random model. Every parameter is drawn here, norms and biases included."""
+    config = {**CONFIGS, **MIXTURES}[name]()
+    model = hf.AutoModelForCausalLM.from_config(config).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim == 1:
+                parameter.add_(0.1 * noise)
+            else:
+                # Large enough that each layer moves the residual stream visibly.
+                parameter.copy_(0.15 * noise)
+    return model.to(dtype)
+
+
+def texts(n: int, *, seed: int = 0, longest: int = 9) -> list[list[int]]:
+    """Token ids of n texts of 4 to ``longest`` tokens."""
+    generator = torch.Generator().manual_seed(1000 + seed)
+
+    def number(low: int, high: int, size: int) -> list[int]:
+        return torch.randint(low, high, (size,), generator=generator).tolist()
+
+    return [number(3, VOCABULARY, length) for length in number(4, longest + 1, n)]
+
+
+def padded(ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Right-padded ids_BT and their mask_BT."""
+    longest = max(map(len, ids))
+    ids_BT = torch.tensor([[*row, *[0] * (longest - len(row))] for row in ids])
+    mask_BT = torch.tensor([[i < len(row) for i in range(longest)] for row in ids])
+    return ids_BT, mask_BT
+
+
+def cut(
+    model: Any, *, trained: Sequence[int] = (1, 2), captured: Sequence[int] = (2,)
+) -> tuple[Structure, Segment]:
+    """The structure of a model and its segment."""
+    structure = find_structure(model)
+    return structure, Segment(model, structure, trained=trained, captured=captured)
+
+
+@dataclass
+class Bench:
+    """A small world to train in: a model, one or two topics, retain texts."""
+
+    model: Any
+    segment: Segment
+    forget: list[BoundaryStore]
+    retain: BoundaryStore
+
+    def trainer(
+        self,
+        objective: str = "rmu",
+        *,
+        retain_weight: float = 1.0,
+        tradeoff: TradeoffKind = "fixed",
+        objective_settings: dict[str, Any] | None = None,
+        **settings: Any,
+    ) -> Trainer:
+        """A new trainer over the stores."""
+        part = OBJECTIVES.get(objective).part
+        return Trainer(
+            self.segment,
+            self.forget,
+            self.retain,
+            objective=partial(part, **(objective_settings or {})),
+            tradeoff=Tradeoff(tradeoff, retain_weight),
+            settings=TrainingSettings(**{"steps": 8, "lr": 1e-2, "batch_size": 4, **settings}),
+        )
+
+
+def bench(
+    name: str = "llama",
+    *,
+    topics: int = 1,
+    dtype: torch.dtype = torch.float32,
+    trained: Sequence[int] = (1, 2),
+    captured: Sequence[int] = (2,),
+    limit_bytes: int | None = None,
+    folder: Path | None = None,
+) -> Bench:
+    """A model with computed stores of 10 texts a topic and 13 retain texts."""
+    model = tiny_model(name, dtype=dtype)
+    _, segment = cut(model, trained=trained, captured=captured)
+    sets = [*(texts(10, seed=topic) for topic in range(topics)), texts(13, seed=50)]
+    stores = [
+        BoundaryStore(segment, ids, reference=True, limit_bytes=limit_bytes, spill_directory=folder)
+        for ids in sets
+    ]
+    for store in stores:
+        store.compute()
+    return Bench(model, segment, stores[:-1], stores[-1])
