@@ -483,6 +483,7 @@ def small_demo(world, monkeypatch):
         )
 
     monkeypatch.setattr(module, "demo_recipe", recipe)
+    monkeypatch.setattr("expunge.jobs.default_workers", lambda _jobs: 1)
 
 
 @pytest.mark.usefixtures("small_demo")
@@ -505,10 +506,11 @@ def test_demo_leaves_a_run_directory_for_each_run(cli, tmp_path):
         )
     alone = yaml.safe_load((out / "rmu-seed1" / "recipe.yaml").read_text())
     assert (alone["objective"], alone["seed"]) == ("rmu", 1)
+    stamps = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
     again = cli("demo", "-o", out, "--seeds", 2)
     assert again.code == 0
     assert "retrained oracle" in again.out
-    assert again.err.count("finished") == 6
+    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
 
 
 # ---- help

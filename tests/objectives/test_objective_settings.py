@@ -91,7 +91,8 @@ def test_a_registered_objective_is_still_the_function() -> None:
 
     entry = OBJECTIVES.get("rmu")
     assert entry.part is rmu
-    assert entry.extras == {"needs": Activations(), "retain_weight": 1200.0}
+    assert entry.extras["needs"] == Activations()
+    assert entry.extras["retain_weight"] == 1200.0
 
 
 # ---- targets
