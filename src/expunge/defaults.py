@@ -15,7 +15,7 @@ import torch
 from expunge.errors import RecipeError
 from expunge.model.segment import Segment
 
-RELATIVE_STEP = 2.5
+RELATIVE_STEP = 1.3
 # Up to so many layers a model is shallow: it is read at its last layer and trained throughout.
 SHALLOW = 12
 # RMU's layer for 7-8B models of 32 layers (arXiv:2403.03218).
@@ -74,7 +74,7 @@ def resolve_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros((), device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise RecipeError(
             what="The device cannot be used",

@@ -17,7 +17,14 @@ from expunge.progress import Progress, Silent
 from expunge.recipe import Recipe
 from expunge.records import RunRecord, Score
 
-OBJECTIVES = ("cosine-rmu", "rmu", "adaptive-rmu")
+# What each objective needs beyond its defaults. RMU's published coefficient and retain weights
+# belong to 7B models: with them nothing is forgotten here (LOG.md), so these were chosen on the
+# validation questions. cosine-rmu runs on its defaults.
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "cosine-rmu": {},
+    "rmu": {"objective_settings": {"coefficient": 100.0}, "retain_weight": 20.0},
+    "adaptive-rmu": {"retain_weight": 100.0},
+}
 NAMES = ("forget_accuracy", "retain_accuracy", "forget_nll", "retain_nll", "perplexity")
 
 
@@ -67,6 +74,9 @@ def demo_recipe(data: Path, **changes: Any) -> Recipe:
             "retain_questions": str(data / "retain_questions.jsonl"),
             "text": str(data / "benign.txt"),
             "max_tokens": 128,
+            "max_texts": 1200,
+            "steps": 100,
+            "batch_size": 8,
             **changes,
         }
     )
@@ -91,7 +101,11 @@ def demo(
     recipe = demo_recipe(out / "data")
     names = [(objective, seed) for objective in OBJECTIVES for seed in range(seeds)]
     jobs = [
-        Job(recipe.updated(objective=name, seed=seed), out / f"{name}-seed{seed}", fresh)
+        Job(
+            recipe.updated(objective=name, seed=seed, **OBJECTIVES[name]),
+            out / f"{name}-seed{seed}",
+            fresh,
+        )
         for name, seed in names
     ]
     records = run_jobs(jobs, workers=workers, progress=progress)

@@ -22,6 +22,8 @@ from expunge.training.loop import FirstToken, LrSchedule
 from expunge.training.tradeoff import TradeoffKind
 
 Auto = Literal["auto"]
+# An empty name, as of an unset shell variable, would mean the working directory.
+Name = Annotated[str, Field(min_length=1)]
 NUMBERS = (
     "validation_share held_back_share max_texts max_tokens layer steps lr batch_size "
     "micro_batch_size weight_decay retain_weight rna_noise seed save_every cache_gib"
@@ -34,17 +36,17 @@ class Recipe(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     function: str = Field("knowledge", description="language function to remove")
-    model: str = Field(description="model directory (safetensors), or a hub name")
+    model: Name = Field(description="model directory (safetensors), or a hub name")
     objective: str | None = Field(None, description="objective; default: the function's own")
     objective_settings: dict[str, bool | int | float | str] = Field(
         default_factory=dict, description="settings of the objective, by name"
     )
 
-    forget: tuple[str, ...] = Field(min_length=1, description="texts to forget; a topic each")
-    retain: tuple[str, ...] = Field(min_length=1, description="texts to keep")
-    questions: str | None = Field(None, description="questions on the forgotten knowledge")
-    retain_questions: str | None = Field(None, description="questions on what must stay")
-    text: str | None = Field(
+    forget: tuple[Name, ...] = Field(min_length=1, description="texts to forget; a topic each")
+    retain: tuple[Name, ...] = Field(min_length=1, description="texts to keep")
+    questions: Name | None = Field(None, description="questions on the forgotten knowledge")
+    retain_questions: Name | None = Field(None, description="questions on what must stay")
+    text: Name | None = Field(
         None, description="text for perplexity; default: held-back retain documents"
     )
     field: str | None = Field(None, description="column that holds the text, if not recognised")
@@ -96,7 +98,7 @@ class Recipe(BaseModel):
     )
     trust_remote_code: bool = Field(False, description="run Python code shipped with the model")
     evaluate: bool = Field(True, description="measure base and patched model after training")
-    oracle: str | None = Field(None, description="a model never taught the function, to compare")
+    oracle: Name | None = Field(None, description="a model never taught the function, to compare")
 
     @field_validator("forget", "retain", mode="before")
     @classmethod

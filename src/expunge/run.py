@@ -89,6 +89,7 @@ def unlearn(
         }
     )
     bench = Workbench(recipe, progress or Silent())
+    bench.check(recipe)
     patch, _ = bench.train(recipe)
     return patch
 

@@ -101,6 +101,10 @@ SETTINGS: dict[str, tuple[tuple[str, ...], dict[str, Any], int, tuple[str, ...]]
         RECIPE,
         ("bfloat16", "stored in float32"),
     ),
+    "device without numbers": (("--set", "device=meta"), {}, RECIPE, ("'meta", "cpu")),
+    "empty model name": ((), {"model": ""}, RECIPE, ("model", "at least 1 character")),
+    "empty file name": ((), {"forget": ""}, RECIPE, ("forget", "at least 1 character")),
+    "empty questions": ((), {"questions": ""}, RECIPE, ("questions", "at least 1 character")),
     "no such device": (("--set", "device=gpu"), {}, RECIPE, ("'gpu", "cpu")),
     "unknown objective": (
         (),

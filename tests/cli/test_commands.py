@@ -17,6 +17,8 @@ from small_world import CONTEXT, HIDDEN, INNER, LAYERS, SPECIAL, WORDS, sentence
 from transformers import AutoModelForCausalLM
 
 import expunge
+from expunge.defaults import fitting_tokens
+from expunge.errors import RecipeError
 from expunge.model.patch import Patch
 
 NAMES = ["forget_accuracy", "retain_accuracy", "forget_nll", "retain_nll", "perplexity"]
@@ -255,6 +257,21 @@ def test_texts_beyond_the_models_context_are_cut_with_a_note(cli, world, tmp_pat
     assert "context" not in short.err
 
 
+@pytest.mark.parametrize(
+    ("config", "tokens"),
+    [
+        ({"max_position_embeddings": 100}, 100),
+        ({"n_positions": 100}, 100),
+        ({"text_config": {"max_position_embeddings": 100}}, 100),
+        ({"max_position_embeddings": 4096}, 512),
+        ({"max_position_embeddings": None}, 512),
+        ({}, 512),
+    ],
+)
+def test_context_of_a_config(config, tokens):
+    assert fitting_tokens(512, config) == tokens
+
+
 def test_overlap_can_be_dropped(cli, world, tmp_path):
     both = write_lines(tmp_path / "both.txt", sentences(30, seed=2) + sentences(20, seed=0)[:5])
     quick = ["--set", "evaluate=false", "--set", "on_overlap=drop", "--json"]
@@ -288,6 +305,15 @@ def test_unlearn_gives_the_patch_that_run_writes(cli, world, tmp_path):
     patch.apply_(model)
     moved = model.model.layers[2].mlp.down_proj.weight.detach() - before
     torch.testing.assert_close(moved, patch.deltas[TRAINED[2]], atol=1e-6, rtol=0)
+
+
+def test_unlearn_refuses_before_weights_are_read(world, monkeypatch):
+    monkeypatch.setattr("expunge.run.open_model", None)
+    data = {"forget": world.forget, "retain": world.retain}
+    with pytest.raises(RecipeError, match="did you mean 'cosine-rmu'"):
+        expunge.unlearn(world.model, **data, objective="cosin-rmu")
+    with pytest.raises(RecipeError, match="did you mean 'steps'"):
+        expunge.unlearn(world.model, **data, stepz=3)
 
 
 def test_importing_the_package_is_instant_and_silent():
