@@ -1,7 +1,7 @@
 """What a run uses where its recipe says ``auto``.
 
-The rules were found by runs on three models of 5 to 8 layers (LOG.md, "Depth and rate") and by
-what the literature reports for 7-8B models; they are ours, not a paper's.
+The rules were found by runs on small models (LOG.md, "Depth, rate and direction") and, for deep
+ones, by what the literature reports; they are ours, not a paper's.
 """
 
 from __future__ import annotations

@@ -74,7 +74,6 @@ def demo_recipe(data: Path, **changes: Any) -> Recipe:
             "retain_questions": str(data / "retain_questions.jsonl"),
             "text": str(data / "benign.txt"),
             "max_tokens": 128,
-            "max_texts": 1200,
             "steps": 100,
             "batch_size": 8,
             **changes,

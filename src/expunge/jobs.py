@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from expunge.errors import ExpungeError
-from expunge.progress import Progress, Silent
+from expunge.progress import Advance, Progress, Silent
 from expunge.recipe import Recipe
 from expunge.records import RunRecord
 
@@ -59,25 +61,49 @@ def run_jobs(
                 records.append(_do(job))
                 advance(1, job.out.name)
             return records
-        found: dict[int, RunRecord] = {}
-        context = multiprocessing.get_context("spawn")
-        with context.Pool(workers, initializer=_one_thread) as pool:
-            for index, result in pool.imap_unordered(_numbered, list(enumerate(jobs))):
-                if isinstance(result, _Failure):
-                    raise _KINDS[result.kind](**result.parts)
-                found[index] = result
-                advance(1, jobs[index].out.name)
-        return [found[index] for index in range(len(jobs))]
+        return _in_processes(jobs, workers, advance)
 
 
-_bench: dict[tuple[str, ...], Workbench] = {}
+def _in_processes(jobs: Sequence[Job], workers: int, advance: Advance) -> list[RunRecord]:
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_prepare_process)
+    futures = {pool.submit(_try, job): index for index, job in enumerate(jobs)}
+    found: dict[int, RunRecord] = {}
+    try:
+        for future in as_completed(futures):
+            index, result = futures[future], future.result()
+            if isinstance(result, _Failure):
+                raise _KINDS[result.kind](**result.parts)
+            found[index] = result
+            advance(1, jobs[index].out.name)
+    except BaseException:
+        # Runs under way save their state and stop; those that wait never start.
+        for process in multiprocessing.active_children():
+            process.terminate()
+        raise
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+    return [found[index] for index in range(len(jobs))]
+
+
+_bench: dict[str, Workbench] = {}
+_busy: list[Job] = []
 _ALL: list[type[ExpungeError]] = [ExpungeError, *ExpungeError.__subclasses__()]
 _KINDS = {kind.__name__: kind for kind in _ALL}
 
 
-def _one_thread() -> None:
+def _prepare_process() -> None:
     # The processes are the parallelism; more threads than cores make each of them wait.
     torch.set_num_threads(1)
+    # Ctrl-C reaches all processes of a terminal; here the parent decides, and says so by SIGTERM.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _interrupt)
+
+
+def _interrupt(_signal: int, _frame: Any) -> None:
+    if not _busy:
+        os._exit(0)
+    raise KeyboardInterrupt
 
 
 @dataclass(frozen=True)
@@ -88,19 +114,21 @@ class _Failure:
     parts: dict[str, str]
 
 
-def _numbered(numbered: tuple[int, Job]) -> tuple[int, RunRecord | _Failure]:
-    index, job = numbered
+def _try(job: Job) -> RunRecord | _Failure:
+    _busy.append(job)
     try:
-        return index, _do(job)
+        return _do(job)
     except ExpungeError as error:
         parts = {name: getattr(error, name) for name in ("what", "got", "allowed", "fix")}
-        return index, _Failure(type(error).__name__, parts)
+        return _Failure(type(error).__name__, parts)
+    finally:
+        _busy.clear()
 
 
 def _do(job: Job) -> RunRecord:
     from expunge.run import Workbench, run
 
-    key = (job.recipe.model, *job.recipe.forget, *job.recipe.retain)
+    key = job.recipe.bench_key
     if key not in _bench:
         _bench.clear()
         _bench[key] = Workbench(job.recipe)

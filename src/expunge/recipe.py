@@ -139,8 +139,21 @@ class Recipe(BaseModel):
     @property
     def fingerprint(self) -> str:
         """Hash of all that changes the trained weights: runs with the same one may resume."""
-        silent = {"save_every", "evaluate", "oracle", "micro_batch_size", "cache_gib"}
-        plain = self.model_dump(mode="json", exclude=silent)
+        return self._hash(
+            exclude={"save_every", "evaluate", "oracle", "micro_batch_size", "cache_gib"}
+        )
+
+    @property
+    def bench_key(self) -> str:
+        """Hash of model, data and device: runs with the same one may share a bench."""
+        return self._hash(
+            include={"function", "model", "forget", "retain", "questions", "retain_questions"}
+            | {"text", "field", "on_overlap", "validation_share", "held_back_share", "max_texts"}
+            | {"max_tokens", "dtype", "device", "cache_gib", "trust_remote_code"}
+        )
+
+    def _hash(self, **which: set[str]) -> str:
+        plain = self.model_dump(mode="json", **which)  # type: ignore[arg-type]
         return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 

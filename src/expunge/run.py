@@ -303,7 +303,10 @@ class Workbench:
         load = FUNCTIONS.get(recipe.function).part
         names = DataSettings.__dataclass_fields__
         with self._timed("load"):
-            data = load(DataSettings(**{name: getattr(recipe, name) for name in names}))
+            # No more texts than the steps will read: the prefix runs over all of them.
+            needed = min(recipe.max_texts, recipe.steps * recipe.batch_size)
+            given = {name: getattr(recipe, name) for name in names} | {"max_texts": needed}
+            data = load(DataSettings(**given))
         for note in data.notes:
             self.progress.say(f"note: {note}")
         return data

@@ -198,6 +198,7 @@ class Trainer:
                 if optimiser.steps == len(log):
                     save()
                 raise
+            _check_finite(weights)
             save()
             _check_moved(originals, weights, self.settings)
             _check_varies(log)
@@ -221,7 +222,7 @@ class Trainer:
                     raise
                 self._halve(error)
         norm = optimiser.gradient_norm()
-        if not math.isfinite(values["loss"]) or not math.isfinite(norm):
+        if not all(map(math.isfinite, (norm, *values.values()))):
             raise TrainingError(
                 what=f"The loss or its gradient is not finite at step {step}",
                 got=f"loss {values['loss']}, gradient norm {norm}",
@@ -418,6 +419,17 @@ def _check_moved(
             allowed="at least one changed weight",
             fix="raise lr; for a narrow dtype keep master_weights on",
         )
+
+
+def _check_finite(weights: Mapping[str, Tensor]) -> None:
+    for name, weight in weights.items():
+        if not bool(torch.isfinite(weight).all()):
+            raise TrainingError(
+                what="A trained weight is not finite after the last step",
+                got=name,
+                allowed="finite weights",
+                fix="lower lr or weight_decay; for a narrow dtype use float32",
+            )
 
 
 def _check_varies(log: Sequence[StepLog]) -> None:

@@ -9,11 +9,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from expunge.errors import TrainingError
-from expunge.files import replacing
+from expunge.model.shards import save_tensors
 
 
 @dataclass(frozen=True)
@@ -47,8 +46,7 @@ class TrainingState:
             "context": self.context,
         }
         contiguous = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-        with replacing(path) as temporary:
-            save_file(contiguous, str(temporary), metadata={"state": json.dumps(facts)})
+        save_tensors(path, contiguous, {"state": json.dumps(facts)})
 
     @classmethod
     def load(cls, path: Path) -> TrainingState:
