@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from textbook import textbook_rmu
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig
@@ -37,6 +36,7 @@ from expunge.objectives.targets import Targets
 from expunge.provenance import environment
 from expunge.training.loop import Trainer, TrainingSettings
 from expunge.training.tradeoff import Tradeoff
+from textbook import textbook_rmu
 
 LAYER, TRAINED = 7, (5, 6, 7)
 BATCH, TOKENS, VOCABULARY = 4, 128, 8192

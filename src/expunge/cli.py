@@ -199,7 +199,7 @@ def apply(
     as_json: Json = False,
 ) -> None:
     """Write the patched model; nothing differs from the base but the changed tensors."""
-    from expunge.model.checkpoint import apply_patch
+    from expunge.model.apply import apply_patch
     from expunge.model.patch import Patch
 
     learned = Patch.load(_patch_path(patch))

@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from expunge.errors import ModelError, PatchError, ResourceError
 from expunge.model import checkpoint as module
-from expunge.model.checkpoint import Checkpoint, apply_patch, fingerprint, open_model
+from expunge.model.apply import apply_patch
+from expunge.model.checkpoint import Checkpoint, fingerprint, open_model
 from expunge.model.patch import Patch, causal_lm_name
 
 LAYERS = 4

@@ -83,7 +83,7 @@ def adaptive_rmu(
     deviations="a reconstruction: the paper is known to use a cosine-based variant of RMU; the "
     "formula, the retain angle and the optional norm terms are ours",
     needs=Activations(forget_reference=True),
-    retain_weight=10.0,
+    retain_weight=5.0,
     target="centered",
 )
 def cosine_rmu(
