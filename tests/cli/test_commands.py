@@ -143,7 +143,7 @@ def test_flags_win_over_the_recipe_and_set_wins_over_flags(cli, world, tmp_path)
 
 def test_every_forget_file_is_a_topic_and_every_retain_file_is_rehearsed(cli, world, tmp_path):
     out = tmp_path / "out"
-    more = ["--forget", world.second, "--retain", world.other]
+    more = ["--forget", world.second, "--retain", world.other, "--batch-size", "16"]
     record = cli(*world.args(out, *more, "--set", "evaluate=false", "--json")).json
     topics = [json.loads(line)["topic"] for line in (out / "losses.jsonl").read_text().splitlines()]
     assert topics == [0, 1, 0, 1]
@@ -164,10 +164,17 @@ def test_without_questions_forget_texts_are_held_back_and_measured(cli, world, t
     assert by_name["forget_nll"]["value"] > 0
 
 
-def test_with_questions_all_forget_texts_are_trained_on(finished):
-    record = json.loads((finished / "record.json").read_text())
+def test_with_questions_all_forget_texts_are_trained_on(cli, world, tmp_path):
+    more = ["--questions", world.questions, "--batch-size", "8", "--set", "evaluate=false"]
+    record = cli(*world.args(tmp_path / "out", *more, "--json")).json
     assert record["training"]["n_forget_texts"] == 20
     assert record["provenance"]["counts"]["test"]["forget_texts"] == 0
+
+
+def test_no_more_texts_than_the_steps_read_go_through_the_prefix(cli, world, tmp_path):
+    more = ["--questions", world.questions, "--batch-size", "2", "--set", "evaluate=false"]
+    record = cli(*world.args(tmp_path / "out", *more, "--json")).json
+    assert record["training"]["n_forget_texts"] == 4 * 2
     assert record["provenance"]["counts"]["validation"]["forget_questions"] == 2
     assert record["provenance"]["counts"]["test"]["forget_questions"] == 8
 
@@ -274,7 +281,7 @@ def test_context_of_a_config(config, tokens):
 
 def test_overlap_can_be_dropped(cli, world, tmp_path):
     both = write_lines(tmp_path / "both.txt", sentences(30, seed=2) + sentences(20, seed=0)[:5])
-    quick = ["--set", "evaluate=false", "--set", "on_overlap=drop", "--json"]
+    quick = ["--set", "evaluate=false", "--set", "on_overlap=drop", "--json", "--batch-size", "8"]
     result = cli(*world.args(tmp_path / "out", *quick, retain=both))
     assert result.code == 0, result.err
     assert "5 texts dropped that are forget texts too" in result.err

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from expunge.errors import ModelError, PatchError, ResourceError
-from expunge.model import checkpoint as module
+from expunge.model import apply as module
 from expunge.model.apply import apply_patch
 from expunge.model.checkpoint import Checkpoint, fingerprint, open_model
 from expunge.model.patch import Patch, causal_lm_name
