@@ -28,12 +28,12 @@ from expunge.run import Workbench
 
 RATES = (5e-3, 1e-2)
 GRID: dict[str, list[dict[str, Any]]] = {
-    "cosine-rmu": [{"retain_weight": w} for w in (3.0, 5.0, 10.0)],
+    "cosine-rmu": [{"retain_weight": w} for w in (1.0, 2.0, 3.0, 5.0, 10.0)],
     "rmu": [
         {"retain_weight": w, "objective_settings": {"coefficient": 100.0}}
-        for w in (5.0, 20.0, 80.0)
+        for w in (1.0, 2.0, 5.0, 20.0, 80.0)
     ],
-    "adaptive-rmu": [{"retain_weight": w} for w in (20.0, 100.0, 400.0)],
+    "adaptive-rmu": [{"retain_weight": w} for w in (5.0, 10.0, 20.0, 100.0, 400.0)],
 }
 
 

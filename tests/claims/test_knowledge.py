@@ -1,0 +1,84 @@
+"""The claim on the miniature: the knowledge goes, the rest stays, and not by just any edit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from expunge.demo import OBJECTIVES, demo_recipe
+from expunge.miniature import check_data
+from expunge.model.patch import Patch
+from expunge.run import Workbench
+
+COSINE = {"objective": "cosine-rmu", **OBJECTIVES["cosine-rmu"]}
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    data = tmp_path_factory.mktemp("world")
+    check_data().write(data)
+    return Workbench(demo_recipe(data))
+
+
+@pytest.fixture(scope="module")
+def learned(bench):
+    patch, _ = bench.train(bench.recipe.updated(**COSINE))
+    return patch
+
+
+@pytest.fixture(scope="module")
+def scores(bench, learned):
+    found = bench.evaluate(learned, oracle=bench.recipe.oracle)
+    return {(score.model, score.name): score for score in found}
+
+
+def test_positive_control_the_base_knows_both_domains(scores):
+    assert scores["base", "forget_accuracy"].value >= 0.99
+    assert scores["base", "retain_accuracy"].value >= 0.99
+
+
+def test_the_oracle_never_knew(scores):
+    assert (
+        scores["oracle", "forget_accuracy"].ci_low
+        < 0.25
+        < scores["oracle", "forget_accuracy"].ci_high
+    )
+    assert scores["oracle", "retain_accuracy"].value >= 0.99
+
+
+def test_the_knowledge_is_gone(scores):
+    # One seed; the mean over five is in results/demo.json.
+    assert scores["patched", "forget_accuracy"].value <= 0.40
+    assert scores["patched", "forget_nll"].value >= 4.0
+
+
+def test_the_rest_stays(scores):
+    base, patched = (
+        {name: scores[role, name].value for name in ("retain_accuracy", "perplexity")}
+        for role in ("base", "patched")
+    )
+    assert patched["retain_accuracy"] >= base["retain_accuracy"] - 0.02
+    assert patched["perplexity"] <= 1.02 * base["perplexity"]
+
+
+def test_control_a_random_edit_of_equal_norm_removes_nothing(bench, learned):
+    generator = torch.Generator().manual_seed(0)
+    deltas = {}
+    for name, delta in learned.deltas.items():
+        noise = torch.randn(delta.shape, generator=generator)
+        deltas[name] = noise * (delta.norm() / noise.norm())
+    random = Patch(deltas, learned.base, {})
+    assert random.norm() == pytest.approx(learned.norm(), rel=1e-4)
+    found = {s.name: s for s in bench.evaluate(random) if s.model == "patched"}
+    forget = 1 - found["forget_accuracy"].value
+    retain = 1 - found["retain_accuracy"].value
+    # What noise of that size breaks, it breaks on both sides alike: it removes no function.
+    assert abs(forget - retain) < 0.15
+
+
+def test_half_a_patch_is_half_way_and_its_negative_undoes_it(bench, learned):
+    half = {s.name: s.value for s in bench.evaluate(learned * 0.5) if s.model == "patched"}
+    whole = {s.name: s.value for s in bench.evaluate(learned) if s.model == "patched"}
+    none = {s.name: s.value for s in bench.evaluate(learned + -learned) if s.model == "patched"}
+    assert 0.01 < half["forget_nll"] < whole["forget_nll"]
+    assert none["forget_accuracy"] >= 0.99
