@@ -26,7 +26,7 @@ pytestmark = [
         ("tofu/retain90.jsonl", None, 3600, 0),
         ("wikitext/wikitext2_train_part.txt", None, 3000, 0),
         ("wikitext/wikitext2_valid.txt", None, 1021, 139),
-        ("tinystories/tinystories_sample.txt", None, 2, 0),
+        ("tinystories/tinystories_sample.txt", None, 5, 0),
         ("paradetox/paradetox_dev.tsv", "neutral1", 2496, 4),
         ("paradetox/paradetox_dev.tsv", "toxic", 2496, 4),
         ("jigsaw-sample/train.csv", "comment_text", 282, 0),

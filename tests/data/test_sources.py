@@ -465,3 +465,9 @@ def test_hub_name_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_no_pickle_suffix_is_readable() -> None:
     assert not sources.PICKLES & set(sources.SUFFIXES)
+
+
+def test_the_end_of_text_mark_separates_documents(tmp_path):
+    path = tmp_path / "stories.txt"
+    path.write_text("one\nmore\n<|endoftext|>\ntwo\n<|endoftext|>\n", encoding="utf-8")
+    assert [text.text for text in read_texts(path).items] == ["one\nmore", "two"]

@@ -42,9 +42,15 @@ def decode(data: bytes, source: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
+END_OF_TEXT = "<|endoftext|>"
+
+
 def txt_rows(text: str, source: str) -> Iterator[NumberedRow]:
-    """Paragraphs between blank lines; one document a line where no blank line lies between."""
-    lines = text.split("\n")
+    """Paragraphs between blank lines; one document a line where no blank line lies between.
+
+    A line that holds the end-of-text mark alone separates documents as a blank line does.
+    """
+    lines = ["" if line.strip() == END_OF_TEXT else line for line in text.split("\n")]
     full = [number for number, line in enumerate(lines, 1) if line.strip()]
     paragraphs = bool(full) and full[-1] - full[0] + 1 > len(full)
     start = 0
