@@ -24,7 +24,7 @@ from expunge.miniature import check_data
 from expunge.progress import Bars
 from expunge.provenance import environment
 from expunge.recipe import Recipe
-from expunge.run import Workbench
+from expunge.workbench import Workbench
 
 RATES = (5e-3, 1e-2)
 GRID: dict[str, list[dict[str, Any]]] = {

@@ -18,7 +18,7 @@ import expunge
 
 # A room is a module or a package directly under expunge.
 ROOMS = (
-    "cli tables demo jobs plan measure run recipe "
+    "cli tables demo jobs plan measure run workbench learning measuring recipe "
     "functions evaluation training defaults model objectives data miniature "
     "provenance progress records registry masked files errors"
 ).split()

@@ -7,7 +7,7 @@ ones, by what the literature reports; they are ours, not a paper's.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -41,6 +41,26 @@ def check_layer(layer: Any, n_layers: int) -> None:
             allowed=f"0 to {n_layers - 1}, or auto",
             fix="set --layer within the range, or leave it out",
         )
+
+
+def resolve_layers(
+    layer: Any, trained: Sequence[int] | None, n_layers: int
+) -> tuple[tuple[int, ...], int]:
+    """(trained layers, deepest layer read); ``auto`` and None become what fits the model.
+
+    Raises RecipeError for a layer that the model lacks, or one trained above the one read.
+    """
+    layer = default_layer(n_layers) if layer == "auto" else layer
+    check_layer(layer, n_layers)
+    found = default_trained(layer, n_layers) if trained is None else tuple(trained)
+    if not found or min(found) < 0 or max(found) > layer:
+        raise RecipeError(
+            what="The trained layers do not fit the layer that is read",
+            got=f"trained_layers {list(found)}, layer {layer}",
+            allowed=f"one layer or more from 0 to {layer}",
+            fix="raise --layer, or set trained_layers to lower ones",
+        )
+    return found, layer
 
 
 def fitting_tokens(max_tokens: int, config: Mapping[str, Any]) -> int:

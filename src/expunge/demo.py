@@ -66,8 +66,8 @@ def demo_recipe(data: Path, **changes: Any) -> Recipe:
     """The recipe of a run on the miniature whose world was written to ``data``."""
     return Recipe.build(
         {
-            "model": str(base_directory()),
-            "oracle": str(oracle_directory()),
+            "model": _from_here(base_directory()),
+            "oracle": _from_here(oracle_directory()),
             "forget": [str(data / "forget.txt")],
             "retain": [str(data / "retain.txt")],
             "questions": str(data / "questions.jsonl"),
@@ -79,6 +79,12 @@ def demo_recipe(data: Path, **changes: Any) -> Recipe:
             **changes,
         }
     )
+
+
+def _from_here(path: Path) -> str:
+    """A path as a user would type it: records are shared, and say nothing of the machine."""
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
 def demo(

@@ -23,7 +23,7 @@ from expunge.recipe import Recipe
 from expunge.records import RunRecord
 
 if TYPE_CHECKING:
-    from expunge.run import Workbench
+    from expunge.workbench import Workbench
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,8 @@ def _try(job: Job) -> RunRecord | _Failure:
 
 
 def _do(job: Job) -> RunRecord:
-    from expunge.run import Workbench, run
+    from expunge.run import run
+    from expunge.workbench import Workbench
 
     key = job.recipe.bench_key
     if key not in _bench:

@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 
 from expunge.data.sources import read_questions, read_texts
-from expunge.data.tokens import check_vocabulary
 from expunge.defaults import fitting_tokens, resolve_device
 from expunge.errors import DataError
 from expunge.evaluation.fluency import nll, perplexity
@@ -65,7 +64,6 @@ def measure(
     network, tokenizer = open_model(
         model, layers=None, dtype=torch.float32, device=resolve_device(device)
     )
-    check_vocabulary(tokenizer, network.get_input_embeddings().weight.shape[0])
     role: ModelRole = "base"
     if learned is not None:
         learned.apply_(network)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from expunge.defaults import check_layer, default_layer, default_trained
+from expunge.defaults import resolve_layers
 from expunge.errors import RecipeError
 from expunge.model.checkpoint import Checkpoint
 
@@ -72,10 +72,8 @@ def plan(model: str, *, layer: Any, steps: int, batch_size: int, tokens: int, dt
     """
     checkpoint = Checkpoint.open(model)
     total = checkpoint.n_layers
-    layer = default_layer(total) if layer == "auto" else layer
-    check_layer(layer, total)
+    trained, layer = resolve_layers(layer, None, total)
     _check_dtype(dtype)
-    trained = default_trained(layer, total)
     text = checkpoint.config.get("text_config", checkpoint.config)
     hidden = int(text.get("hidden_size") or text["n_embd"])
     inner = int(text.get("intermediate_size") or text.get("n_inner") or 4 * hidden)

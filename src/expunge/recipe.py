@@ -1,6 +1,6 @@
 """The settings of one run, validated at the edge, and their YAML form.
 
-Components below receive plain values; only `expunge.run` and the command line see a recipe.
+Components below receive plain values; only the rooms above this one see a recipe.
 """
 
 from __future__ import annotations

@@ -1,55 +1,23 @@
-"""The composition root: a recipe becomes a patch and a run record.
-
-A `Workbench` holds what runs of one model on one data set share: texts, the base opened up to the
-deepest layer read, boundary activations, the base's scores. A single run makes one and drops it; a
-demo or a comparison hands one from run to run.
-"""
+"""The composition root: a recipe becomes a patch and a run record."""
 
 from __future__ import annotations
 
-import gc
-import hashlib
-import json
 import shutil
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from expunge import provenance
-from expunge.data.text import Text
-from expunge.data.tokens import check_vocabulary, encode, too_short
-from expunge.defaults import (
-    check_layer,
-    default_layer,
-    default_lr,
-    default_trained,
-    fitting_tokens,
-    resolve_device,
-)
-from expunge.errors import DataError, ExpungeError, RecipeError
-from expunge.evaluation.suite import Suite
+from expunge.errors import DataError, ExpungeError
 from expunge.files import disk_errors
-from expunge.functions import FUNCTIONS
-from expunge.functions.base import DataSettings, FunctionData
-from expunge.model.boundaries import BoundaryStore
-from expunge.model.checkpoint import Checkpoint, open_model
+from expunge.learning import objective_of
 from expunge.model.memory import peak_bytes
-from expunge.model.patch import Patch, causal_lm_name
-from expunge.model.segment import Segment
-from expunge.model.shards import dtype_name
-from expunge.model.structure import Structure, find_structure
-from expunge.objectives import OBJECTIVES, settings_of
-from expunge.progress import Progress, Silent
+from expunge.model.patch import Patch
+from expunge.progress import Progress, Silent, timed
 from expunge.recipe import Recipe
-from expunge.records import RECORD_NAME, ModelRole, RunRecord, Score, Split
-from expunge.training.loop import Stage, Trainer, TrainingResult, TrainingSettings
-from expunge.training.tradeoff import Tradeoff
+from expunge.records import RECORD_NAME, RunRecord, Score
+from expunge.training.loop import Stage
+from expunge.workbench import Workbench
 
 RECIPE_NAME = "recipe.yaml"
 PATCH_NAME = "patch.safetensors"
@@ -126,38 +94,47 @@ def run(
     bench = bench or Workbench(recipe, progress, spill_directory=out)
     bench.check(recipe)
     _claim(recipe, out, fresh=fresh)
+    patch = _trained(recipe, out, bench)
+    if own:
+        bench.release_training()
+    record = _measured(recipe, patch, bench)
+    record.save(out)
+    (out / STATE_NAME).unlink(missing_ok=True)
+    return record
+
+
+def _trained(recipe: Recipe, out: Path, bench: Workbench) -> Patch:
+    """The patch of this run: the one in ``out``, or else trained and saved there."""
     # The patch is written last of all training, so one that is there is whole.
-    if not (out / PATCH_NAME).exists():
+    if not _in(out, PATCH_NAME):
         with _unclaiming(out):
             stage = Stage(out / STATE_NAME, out / LOSSES_NAME, bench.context(recipe))
             trained, _ = bench.train(recipe, stage)
         trained.save(out / PATCH_NAME)
     patch = Patch.load(out / PATCH_NAME)
     _check_same_data(patch, bench.data.hashes, out)
-    if own:
-        bench.release_training()
+    return patch
+
+
+def _measured(recipe: Recipe, patch: Patch, bench: Workbench) -> RunRecord:
+    """The run's record, with scores if the recipe asks for them."""
     training = patch.metadata["training"]
     # The file's time is the whole run's, an interrupted part included only where it was saved.
-    timing = dict(training["timing"])
+    timing = {"evaluate": 0.0, **training["timing"]}
     scores: list[Score] = []
     if recipe.evaluate:
-        start = time.perf_counter()
-        scores = bench.evaluate(patch, oracle=recipe.oracle)
-        timing["evaluate"] = time.perf_counter() - start
-    entry = FUNCTIONS.get(recipe.function)
-    record = RunRecord(
+        with timed(timing, "evaluate"):
+            scores = bench.evaluate(patch, oracle=recipe.oracle)
+    return RunRecord(
         function=recipe.function,
-        objective=recipe.objective or entry.extras["objective"],
+        objective=objective_of(recipe).name,
         seed=recipe.seed,
-        timing={"evaluate": 0.0, **timing},
+        timing=timing,
         peak_memory_bytes=peak_bytes(),
         provenance=bench.provenance(recipe, patch),
         scores=scores,
         training={key: value for key, value in training.items() if key not in ("timing", "data")},
     )
-    record.save(out)
-    (out / STATE_NAME).unlink(missing_ok=True)
-    return record
 
 
 def _look(recipe: Recipe, out: Path) -> RunRecord | None:
@@ -239,403 +216,6 @@ def _check_same_data(patch: Patch, hashes: Mapping[str, str], out: Path) -> None
 def _differences(one: Recipe, other: Recipe) -> list[str]:
     a, b = one.model_dump(), other.model_dump()
     return [key for key in a if a[key] != b[key]]
-
-
-@dataclass
-class Cut:
-    """A base opened truncated and cut at some layers, with its boundary stores."""
-
-    segment: Segment
-    forget: list[BoundaryStore]
-    retain: BoundaryStore
-
-
-@dataclass
-class _Opened:
-    model: Any
-    tokenizer: Any
-    structure: Structure
-
-
-@dataclass
-class Workbench:
-    """What runs of one model on one data set share.
-
-    Runs may differ in everything that does not change data, base or device. Nothing is loaded
-    before it is needed.
-    """
-
-    recipe: Recipe
-    progress: Progress = field(default_factory=Silent)
-    timing: dict[str, float] = field(default_factory=dict)
-    spill_directory: Path | None = None
-
-    def __post_init__(self) -> None:
-        self._opened: _Opened | None = None
-        self._cuts: dict[tuple[Any, ...], Cut] = {}
-        self._base_scores: dict[Split, list[Score]] = {}
-        self._other_scores: dict[tuple[str, Split], list[Score]] = {}
-        self._whole: Any = None
-        self._micro_batch_size = 0
-
-    # ---- what is there
-
-    @cached_property
-    def checkpoint(self) -> Checkpoint:
-        """The base on disk."""
-        return Checkpoint.open(self.recipe.model)
-
-    @cached_property
-    def device(self) -> torch.device:
-        """Where models run."""
-        return resolve_device(self.recipe.device)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of models while they run."""
-        dtype: torch.dtype = getattr(torch, self.recipe.dtype)
-        return dtype
-
-    @cached_property
-    def data(self) -> FunctionData:
-        """The data, read, checked and split."""
-        recipe = self.recipe
-        load = FUNCTIONS.get(recipe.function).part
-        names = DataSettings.__dataclass_fields__
-        with self._timed("load"):
-            # No more texts than the steps will read: the prefix runs over all of them.
-            needed = min(recipe.max_texts, recipe.steps * recipe.batch_size)
-            given = {name: getattr(recipe, name) for name in names} | {"max_texts": needed}
-            data = load(DataSettings(**given))
-        for note in data.notes:
-            self.progress.say(f"note: {note}")
-        return data
-
-    @cached_property
-    def n_layers(self) -> int:
-        """Decoder layers of the base, from its config."""
-        return self.checkpoint.n_layers
-
-    def layers(self, recipe: Recipe) -> tuple[tuple[int, ...], int]:
-        """(trained layers, deepest layer read) of a recipe."""
-        layer = default_layer(self.n_layers) if recipe.layer == "auto" else recipe.layer
-        if recipe.trained_layers is not None:
-            return recipe.trained_layers, layer
-        return default_trained(layer, self.n_layers), layer
-
-    def check(self, recipe: Recipe) -> None:
-        """Everything that can be refused before weights are read.
-
-        Raises:
-            ExpungeError: an unknown part or setting, a layer, device, model or file that is not
-                there, data that cannot be used.
-        """
-        settings_of(OBJECTIVES.get(self._objective(recipe)), recipe.objective_settings)
-        trained, layer = self.layers(recipe)
-        check_layer(layer, self.n_layers)
-        if not trained or min(trained) < 0 or max(trained) > layer:
-            raise RecipeError(
-                what="The trained layers do not fit the layer that is read",
-                got=f"trained_layers {list(trained)}, layer {layer}",
-                allowed=f"one layer or more from 0 to {layer}",
-                fix="raise --layer, or set trained_layers to lower ones",
-            )
-        if recipe.oracle is not None and recipe.evaluate:
-            Checkpoint.open(recipe.oracle)
-        _ = self.device, self.data
-
-    def max_tokens(self, recipe: Recipe) -> int:
-        """Longest text in tokens: what the recipe asks for, within the model's context."""
-        return fitting_tokens(recipe.max_tokens, self.checkpoint.config)
-
-    # ---- training
-
-    def cut(self, recipe: Recipe) -> Cut:
-        """The base cut for a recipe, boundaries computed."""
-        trained, layer = self.layers(recipe)
-        key = (trained, layer, recipe.max_tokens)
-        if key not in self._cuts:
-            opened = self._open(layer)
-            segment = Segment(opened.model, opened.structure, trained=trained, captured=(layer,))
-            self._check_dtype(segment)
-            self._cuts[key] = self._stores(segment, opened, recipe)
-        return self._cuts[key]
-
-    def train(self, recipe: Recipe, stage: Stage | None = None) -> tuple[Patch, TrainingResult]:
-        """One run: its patch and the log. Goes on from the stage's saved state, if there is one."""
-        entry = OBJECTIVES.get(self._objective(recipe))
-        settings = settings_of(entry, recipe.objective_settings)
-        cut = self.cut(recipe)
-        lr = default_lr(cut.segment) if recipe.lr == "auto" else recipe.lr
-        micro = 0 if recipe.micro_batch_size == "auto" else recipe.micro_batch_size
-        weight = recipe.retain_weight
-        weight = entry.extras["retain_weight"] if weight is None else weight
-        trainer = Trainer(
-            cut.segment,
-            cut.forget,
-            cut.retain,
-            objective=partial(entry.part, **settings),
-            tradeoff=Tradeoff(recipe.tradeoff, weight),
-            settings=TrainingSettings(
-                steps=recipe.steps,
-                lr=lr,
-                lr_schedule=recipe.lr_schedule,
-                batch_size=recipe.batch_size,
-                micro_batch_size=micro or self._micro_batch_size,
-                weight_decay=recipe.weight_decay,
-                seed=recipe.seed,
-                target=entry.extras["target"] if recipe.target == "auto" else recipe.target,
-                rna_noise=recipe.rna_noise,
-                first_token=recipe.first_token,
-                master_weights=recipe.master_weights,
-                save_every=recipe.save_every,
-            ),
-        )
-        start = time.perf_counter()
-        with self.progress.phase("train", recipe.steps) as advance:
-            result = trainer.run(
-                stage or Stage(),
-                lambda log: advance(1, f"loss {log.loss:.4f}"),
-            )
-        if result.micro_batch_size and result.micro_batch_size != micro:
-            self.progress.say(f"texts computed at once: {result.micro_batch_size} (memory)")
-        # Found by trying; later runs on this bench start from it.
-        self._micro_batch_size = result.micro_batch_size
-        trained, layer = self.layers(recipe)
-        facts = {
-            "data": dict(self.data.hashes),
-            "timing": {**self.timing, "train": time.perf_counter() - start},
-            "layer": layer,
-            "trained_layers": list(trained),
-            "lr": lr,
-            "retain_weight": weight,
-            "micro_batch_size": result.micro_batch_size,
-            "boundary_storage": cut.retain.storage,
-            "n_forget_texts": sum(len(store.texts) for store in cut.forget),
-            "n_retain_texts": len(cut.retain.texts),
-            "first_loss": result.log[0].loss,
-            "last_loss": result.log[-1].loss,
-            "last": asdict(result.log[-1]),
-        }
-        return self._patch(recipe, cut.segment, result, facts), result
-
-    def _objective(self, recipe: Recipe) -> str:
-        default: str = FUNCTIONS.get(recipe.function).extras["objective"]
-        return recipe.objective or default
-
-    def _check_dtype(self, segment: Segment) -> None:
-        """A delta to weights that were rounded on reading would not belong to those on disk."""
-        for name in (causal_lm_name(segment.model, name) for name in segment.weights):
-            stored = self.checkpoint.tensors[self.checkpoint.resolve(name)].dtype
-            if torch.promote_types(self.dtype, stored) != self.dtype:
-                raise RecipeError(
-                    what="The dtype of the run cannot hold the weights that it would train",
-                    got=f"{self.recipe.dtype}, and {name} stored in {dtype_name(stored)}",
-                    allowed=f"{dtype_name(stored)}, or a dtype that holds all its values",
-                    fix="set dtype to float32, or save the model in that dtype first",
-                )
-
-    def _open(self, layer: int) -> _Opened:
-        """The base up to a layer; opened anew only for a deeper one."""
-        if self._opened is None or self._opened.structure.n_layers <= layer:
-            self._opened, self._cuts = None, {}
-            with self._timed("load"):
-                model, tokenizer = open_model(
-                    self.recipe.model,
-                    layers=layer + 1,
-                    dtype=self.dtype,
-                    device=self.device,
-                    trust_remote_code=self.recipe.trust_remote_code,
-                )
-                check_vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0])
-                self._opened = _Opened(model, tokenizer, find_structure(model))
-        return self._opened
-
-    def _stores(self, segment: Segment, opened: _Opened, recipe: Recipe) -> Cut:
-        sets = [*self.data.forget, self.data.retain]
-        names = [*self.recipe.forget, "the retain texts"]
-        tokens = [
-            self._token_ids(name, texts, opened.tokenizer, self.max_tokens(recipe))
-            for name, texts in zip(names, sets, strict=True)
-        ]
-        limit = int(recipe.cache_gib * 2**30)
-        total = sum(len(ids) for texts in tokens for ids in texts)
-        stores = [
-            BoundaryStore(
-                segment,
-                texts,
-                reference=True,
-                limit_bytes=int(limit * sum(map(len, texts)) / total),
-                spill_directory=self.spill_directory,
-                announce=self.progress.say,
-            )
-            for texts in tokens
-        ]
-        with self._timed("prefix"), self.progress.phase("prefix", total) as advance:
-            for store in stores:
-                store.compute(advance)
-        return Cut(segment, stores[:-1], stores[-1])
-
-    def _token_ids(
-        self, name: str, texts: Sequence[Text], tokenizer: Any, max_tokens: int
-    ) -> list[tuple[int, ...]]:
-        encoded = encode(texts, tokenizer, max_tokens=max_tokens)
-        short = too_short(encoded)
-        kept = [one.ids for index, one in enumerate(encoded) if index not in short]
-        if short:
-            self.progress.say(
-                f"note: {name}: {len(short)} of {len(texts)} texts left out "
-                f"({next(iter(short.values()))})"
-            )
-        if not kept:
-            raise DataError(
-                what=f"No text is left to train on in {name}",
-                got=f"{len(texts)} texts, none of at least two tokens",
-                allowed="texts that the tokenizer turns into two or more tokens",
-                fix="check the file, its `field`, and max_tokens",
-            )
-        cut = sum(one.truncated for one in encoded)
-        if cut:
-            self.progress.say(
-                f"note: {name}: {cut} of {len(texts)} texts cut at {max_tokens} tokens"
-                + (", the model's context" if max_tokens < self.recipe.max_tokens else "")
-            )
-        return kept
-
-    def _patch(
-        self, recipe: Recipe, segment: Segment, result: TrainingResult, facts: dict[str, Any]
-    ) -> Patch:
-        names = {name: causal_lm_name(segment.model, name) for name in segment.weights}
-        # Disk is the reference: the model in memory may be in a wider type than the base's file.
-        before = {names[name]: p.detach().cpu() for name, p in segment.weights.items()}
-        after = {names[name]: tensor for name, tensor in result.weights.items()}
-        metadata = {
-            "function": recipe.function,
-            "objective": self._objective(recipe),
-            "seed": recipe.seed,
-            "base_model": Path(recipe.model).name,
-            "recipe": recipe.model_dump(mode="json", exclude_none=True),
-            "training": facts,
-        }
-        return Patch.between(
-            before, after, base=self.checkpoint.base_tensors(after), metadata=metadata
-        )
-
-    # ---- evaluation
-
-    def suite(self, split: Split) -> Suite:
-        """The measurements of a split, tokenised once."""
-        return self._suites[split]
-
-    @cached_property
-    def _suites(self) -> dict[Split, Suite]:
-        _, tokenizer = self.whole_model()
-        return {
-            split: Suite.build(
-                tokenizer, split=split, max_tokens=self.max_tokens(self.recipe), **vars(measured)
-            )
-            for split, measured in self.data.measured.items()
-        }
-
-    def whole_model(self) -> tuple[Any, Any]:
-        """The base with its head, for measuring."""
-        if self._whole is None:
-            self._whole = open_model(
-                self.recipe.model,
-                layers=None,
-                dtype=self.dtype,
-                device=self.device,
-                trust_remote_code=self.recipe.trust_remote_code,
-            )
-        return self._whole  # type: ignore[no-any-return]
-
-    def release_training(self) -> None:
-        """Drop the truncated base and its boundaries, to make room for the whole model."""
-        for cut in self._cuts.values():
-            for store in (*cut.forget, cut.retain):
-                store.close()
-        self._opened, self._cuts = None, {}
-        gc.collect()
-
-    def evaluate(
-        self, patch: Patch | None, *, oracle: str | None = None, split: Split = "test"
-    ) -> list[Score]:
-        """Scores of base, patched and oracle, in this order; the base's are taken once."""
-        model, _ = self.whole_model()
-        if split not in self._base_scores:
-            self._base_scores[split] = self._measure(model, "base", split)
-        scores = list(self._base_scores[split])
-        if patch is not None:
-            with patch.applied(model):
-                scores += self._measure(model, "patched", split)
-        if oracle is not None:
-            scores += self._oracle_scores(oracle, split)
-        return scores
-
-    def _oracle_scores(self, oracle: str, split: Split) -> list[Score]:
-        if (oracle, split) not in self._other_scores:
-            model, tokenizer = open_model(
-                oracle,
-                layers=None,
-                dtype=self.dtype,
-                device=self.device,
-                trust_remote_code=self.recipe.trust_remote_code,
-            )
-            _check_same_tokenizer(self.whole_model()[1], tokenizer, oracle)
-            check_vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0])
-            self._other_scores[oracle, split] = self._measure(model, "oracle", split)
-        return self._other_scores[oracle, split]
-
-    def _measure(self, model: Any, role: ModelRole, split: Split) -> list[Score]:
-        suite = self.suite(split)
-        with self.progress.phase(f"measure {role}", suite.rows) as advance:
-            scores, _ = suite.measure(model, role, advance)
-        return scores
-
-    # ---- records
-
-    def context(self, recipe: Recipe) -> str:
-        """Fingerprint of all that the trained weights depend on: settings, data, base weights."""
-        segment = self.cut(recipe).segment
-        names = [causal_lm_name(segment.model, name) for name in segment.weights]
-        base = self.checkpoint.base_tensors(names)
-        facts = {
-            "recipe": recipe.fingerprint,
-            "data": dict(self.data.hashes),
-            "base": {name: tensor.fingerprint for name, tensor in base.items()},
-            "torch": torch.__version__,
-        }
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-    def provenance(self, recipe: Recipe, patch: Patch) -> dict[str, Any]:
-        """Recipe, hashes, versions, hardware."""
-        return {
-            "recipe": recipe.model_dump(mode="json", exclude_none=True),
-            "base": {name: base.to_dict() for name, base in patch.base.items()},
-            "data": dict(self.data.hashes),
-            "notes": list(self.data.notes),
-            "counts": {
-                split: {role: len(items) for role, items in vars(measured).items()}
-                for split, measured in self.data.measured.items()
-            },
-            **provenance.environment(),
-        }
-
-    @contextmanager
-    def _timed(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.timing[name] = self.timing.get(name, 0.0) + time.perf_counter() - start
-
-
-def _check_same_tokenizer(base: Any, other: Any, name: str) -> None:
-    if base.get_vocab() != other.get_vocab():
-        raise DataError(
-            what="The oracle has another vocabulary than the base, so their scores do not compare",
-            got=name,
-            allowed="a model with the base's tokenizer",
-            fix="leave --oracle out, or retrain the oracle with the base's tokenizer",
-        )
 
 
 def _names(sources: str | Path | Sequence[str | Path]) -> list[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from small_world import (
     Cli,
     Result,
@@ -29,6 +30,8 @@ from expunge.run import run
 def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Cli]:
     """``cli("run", …)`` calls main() as the console script would."""
     monkeypatch.setenv("COLUMNS", "200")
+    # The console took its width when it was made: 80 in a pytest-xdist worker.
+    monkeypatch.setattr(cli_module, "stdout", Console(width=200))
     before = signal.getsignal(signal.SIGTERM)
 
     def call(*args: Any) -> Result:

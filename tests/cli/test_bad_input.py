@@ -604,14 +604,14 @@ def test_data_changed_since_the_run_was_interrupted(cli, world, tmp_path, monkey
         raise KeyboardInterrupt
 
     with monkeypatch.context() as evaluating:
-        evaluating.setattr("expunge.run.Workbench.evaluate", interrupt)
+        evaluating.setattr("expunge.workbench.Workbench.evaluate", interrupt)
         assert cli(*world.args(out, forget=forget)).code == 130
     write_lines(forget, sentences(20, seed=9))
     result = cli(*world.args(out, forget=forget))
     check(result, DATA, "data has changed", str(forget), "--fresh")
     assert not (out / "record.json").exists()
     with monkeypatch.context() as training:
-        training.setattr("expunge.training.loop._check_varies", interrupt)
+        training.setattr("expunge.training.loop.check_varies", interrupt)
         assert cli(*world.args(out, "--fresh", forget=forget)).code == 130
     shutil.copy(world.forget, forget)
     result = cli(*world.args(out, forget=forget))
@@ -624,7 +624,7 @@ def test_damaged_state(cli, world, tmp_path, monkeypatch):
 
     out = tmp_path / "out"
     with monkeypatch.context() as training:
-        training.setattr("expunge.training.loop._check_varies", interrupt)
+        training.setattr("expunge.training.loop.check_varies", interrupt)
         assert cli(*world.args(out)).code == 130
     (out / "state.safetensors").write_bytes(b"torn")
     check(cli(*world.args(out)), TRAINING, "state.safetensors", "cannot be read", "--fresh")

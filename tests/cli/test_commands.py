@@ -187,7 +187,7 @@ def test_evaluate_false_measures_nothing_and_true_measures_later_without_trainin
     assert record["scores"] == []
     assert record["timing"]["evaluate"] == 0
     before = (out / "patch.safetensors").read_bytes()
-    monkeypatch.setattr("expunge.run.Workbench.train", None)
+    monkeypatch.setattr("expunge.workbench.Workbench.train", None)
     later = cli(*world.args(out, "--json", oracle=world.oracle))
     assert later.code == 0, later.err
     assert {score["model"] for score in later.json["scores"]} == {"base", "patched", "oracle"}
@@ -315,7 +315,7 @@ def test_unlearn_gives_the_patch_that_run_writes(cli, world, tmp_path):
 
 
 def test_unlearn_refuses_before_weights_are_read(world, monkeypatch):
-    monkeypatch.setattr("expunge.run.open_model", None)
+    monkeypatch.setattr("expunge.workbench.open_model", None)
     data = {"forget": world.forget, "retain": world.retain}
     with pytest.raises(RecipeError, match="did you mean 'cosine-rmu'"):
         expunge.unlearn(world.model, **data, objective="cosin-rmu")

@@ -121,7 +121,9 @@ def test_killed_in_the_prefix(cli, world, undisturbed, tmp_path):
 
 def test_killed_after_the_first_step(cli, world, undisturbed, tmp_path):
     out = tmp_path / "out"
-    assert stop(world, out, (LOOP, "", "_append"), 1, "after", signal.SIGKILL).returncode == KILLED
+    assert (
+        stop(world, out, (LOOP, "", "append_step"), 1, "after", signal.SIGKILL).returncode == KILLED
+    )
     assert names_in(out) == {"recipe.yaml", "losses.jsonl"}
     assert steps_logged(out) == [0]
     finish_and_compare(cli, world, out, undisturbed)
@@ -129,7 +131,9 @@ def test_killed_after_the_first_step(cli, world, undisturbed, tmp_path):
 
 def test_killed_between_saves_then_right_after_a_save(cli, world, undisturbed, tmp_path):
     out = tmp_path / "out"
-    assert stop(world, out, (LOOP, "", "_append"), 5, "after", signal.SIGKILL).returncode == KILLED
+    assert (
+        stop(world, out, (LOOP, "", "append_step"), 5, "after", signal.SIGKILL).returncode == KILLED
+    )
     assert (steps_logged(out), steps_saved(out)) == ([0, 1, 2, 3, 4], 3)
     # As if the kill had torn the last line.
     with (out / "losses.jsonl").open("a") as log:
@@ -142,7 +146,7 @@ def test_killed_between_saves_then_right_after_a_save(cli, world, undisturbed, t
 
 def test_killed_while_a_state_is_written(cli, world, undisturbed, tmp_path):
     out = tmp_path / "out"
-    place = ("expunge.training.state", "", "save_file")
+    place = ("expunge.model.shards", "", "save_file")
     done = stop(world, out, place, 2, "after", signal.SIGKILL)
     assert done.returncode == KILLED, done.stderr
     # The second state lies there under its temporary name; the first one counts.
@@ -159,7 +163,7 @@ def test_killed_in_the_evaluation(cli, world, undisturbed, tmp_path, monkeypatch
     assert {"patch.safetensors", "losses.jsonl"} <= names_in(out)
     assert "record.json" not in names_in(out)
     # What is trained is not trained again.
-    monkeypatch.setattr("expunge.run.Workbench.train", None)
+    monkeypatch.setattr("expunge.workbench.Workbench.train", None)
     finish_and_compare(cli, world, out, undisturbed)
 
 

@@ -135,6 +135,27 @@ def test_out_of_memory_halves_the_rows(segment: Segment, monkeypatch: pytest.Mon
         assert (a - b).abs().max() <= 1e-5
 
 
+def test_the_size_that_fitted_is_kept_for_later_groups(
+    segment: Segment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(boundaries.GROUP_TOKENS, "cpu", 24)
+    tried = limited(segment, 2, monkeypatch)
+    made = BoundaryStore(segment, [[3] * 6] * 12, reference=False)
+    made.compute()
+    assert tried == [4, 2, 2, *[2] * 4]  # three groups of four; only the first is tried whole
+
+
+def test_a_reference_can_be_added(segment: Segment) -> None:
+    made = BoundaryStore(segment, tiny.texts(9), reference=False)
+    made.compute()
+    made.add_reference()
+    assert not made.computed
+    made.compute()
+    made.add_reference()
+    assert made.computed  # it was there already
+    assert same(store(segment).batch(range(9)).boundary, made.batch(range(9)).boundary)
+
+
 def test_a_text_that_does_not_fit_says_so(
     segment: Segment, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,8 @@ import torch
 import tiny
 from expunge.errors import TrainingError
 from expunge.training import loop
-from expunge.training.loop import Stage, StepLog, TrainingResult, read_losses
+from expunge.training.log import StepLog, read_losses
+from expunge.training.loop import Stage, TrainingResult
 from expunge.training.state import TrainingState
 
 STEPS, SAVE_EVERY = 8, 3
@@ -157,7 +158,7 @@ def test_inside_an_update(
 def test_between_an_update_and_its_line_in_the_log(
     benches: Any, whole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = loop._append
+    real = loop.append_step
 
     def append(path: Path | None, entry: StepLog) -> None:
         if entry.step == 4:
@@ -166,7 +167,7 @@ def test_between_an_update_and_its_line_in_the_log(
 
     at = stage(tmp_path)
     with monkeypatch.context() as patched:
-        patched.setattr(loop, "_append", append)
+        patched.setattr(loop, "append_step", append)
         with pytest.raises(KeyboardInterrupt):
             run("rmu", benches["rmu"], at)
     assert_same(run("rmu", benches["rmu"], at), whole["rmu"])

@@ -12,6 +12,7 @@ import torch
 
 import tiny
 from expunge.errors import ResourceError, TrainingError
+from expunge.model.boundaries import BoundaryStore
 from expunge.model.segment import Boundary
 from expunge.objectives import Captured, Loss
 from expunge.objectives.misdirection import rmu
@@ -217,6 +218,19 @@ def test_a_single_text_that_does_not_fit(
     with pytest.raises(ResourceError, match="single text at a time"):
         bench.trainer().run()
     assert tried == [4, 2, 1]
+
+
+def test_a_step_is_divided_no_further_than_its_smaller_side(
+    bench: tiny.Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = BoundaryStore(bench.segment, tiny.texts(1), reference=True)
+    one.compute()
+    alone = tiny.Bench(bench.model, bench.segment, [one], bench.retain)
+    tried = limited(bench, 1, monkeypatch)
+    with pytest.raises(ResourceError, match="1 forget and 4 retain texts at a time") as caught:
+        alone.trainer().run()
+    assert "batch_size" in caught.value.fix
+    assert tried == [1, 4]  # halving the retain texts would change nothing
 
 
 def test_another_error_is_not_taken_for_memory(bench: tiny.Bench) -> None:

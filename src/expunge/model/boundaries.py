@@ -82,6 +82,11 @@ class BoundaryStore:
         return self.starts[-1]
 
     @property
+    def computed(self) -> bool:
+        """Whether `compute` has run."""
+        return self._computed
+
+    @property
     def nbytes(self) -> int:
         """Bytes that the stored activations take; 0 before `compute`."""
         return sum(array.nbytes for array in self._arrays)
@@ -94,11 +99,21 @@ class BoundaryStore:
         """
         if self._computed:
             return
+        fitting = 0  # tokens of a piece that fitted where a larger one did not; 0: all fitted
         for group in self._groups():
-            halving_rows(
-                len(group), partial(self._compute_some, group, on_progress), what="the prefix"
-            )
+            width = len(self.texts[group[-1]])  # the longest
+            first = max(1, fitting // width) if fitting else len(group)
+            work = partial(self._compute_some, group, on_progress)
+            size = halving_rows(len(group), work, what="the prefix", size=first)
+            if size < min(first, len(group)):
+                fitting = size * width
         self._computed = True
+
+    def add_reference(self) -> None:
+        """Store the original activations too: what lacks them is dropped, for `compute`."""
+        if not self.reference:
+            self.close()
+            self.reference = True
 
     def batch(self, indices: Sequence[int]) -> BoundaryBatch:
         """The padded batch of these texts (right padding), on the segment's device."""
@@ -114,6 +129,7 @@ class BoundaryStore:
     def close(self) -> None:
         """Forget the stored activations and remove their file."""
         self._arrays, self._template, self._computed = [], None, False
+        self.storage = "ram"
         if self._folder is not None:
             self._folder.cleanup()
             self._folder = None

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from expunge.data.tokens import check_vocabulary
 from expunge.errors import ModelError, ResourceError
 from expunge.model.patch import BaseTensor, causal_lm_name
 from expunge.model.shards import (
@@ -117,8 +118,8 @@ def open_model(
             lack the prefix that `causal_lm_name` gives back. The output of its last layer
             equals ``hidden_states[n]`` of the whole model; its final norm is not to be used.
 
-    Raises ModelError if model or tokenizer cannot be loaded whole, ResourceError if it does not
-    fit into memory.
+    Raises ModelError if model or tokenizer cannot be loaded whole or do not belong together,
+    ResourceError if it does not fit into memory.
     """
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
@@ -148,7 +149,9 @@ def open_model(
         wrong = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
         if wrong:
             raise ValueError(f"no weights, or of another shape, for {', '.join(wrong[:5])}")
-        return model.to(device).eval(), tokenizer
+        model = model.to(device).eval()
+    check_vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0])
+    return model, tokenizer
 
 
 # ---- reading a directory

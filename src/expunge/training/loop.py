@@ -5,27 +5,27 @@ Shapes: B batch, T tokens, D hidden size.
 
 from __future__ import annotations
 
-import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from expunge.data.tokens import training_batches
 from expunge.errors import ResourceError, TrainingError
-from expunge.files import disk_errors, write_text
 from expunge.model.boundaries import BoundaryBatch, BoundaryStore
 from expunge.model.memory import is_out_of_memory
 from expunge.model.segment import Segment
 from expunge.objectives.base import Captured, Loss, Objective
 from expunge.objectives.retain import add_noise
 from expunge.objectives.targets import TargetKind, Targets
+from expunge.training.checks import check_finite, check_moved, check_varies
+from expunge.training.log import StepLog, append_step, read_losses, write_losses
 from expunge.training.state import Optimiser, TrainingState
 from expunge.training.tradeoff import Tradeoff
 
@@ -68,20 +68,6 @@ class TrainingSettings:
     first_token: FirstToken = "retain"
     master_weights: bool = True
     save_every: int = 25
-
-
-@dataclass(frozen=True)
-class StepLog:
-    """One line of ``losses.jsonl``. ``loss`` is the weighed sum; seconds are of this step alone."""
-
-    step: int
-    topic: int
-    loss: float
-    forget: float
-    retain: float
-    gradient_norm: float
-    seconds: float
-    logs: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -139,6 +125,8 @@ class Trainer:
         objective: a registered objective with its settings bound: ``(forget, retain) -> Loss``.
         tradeoff: weighs the two terms.
         settings: of the run.
+        forget_reference: whether the objective is given the original activations of forget texts;
+            the forget stores must then hold them.
     """
 
     def __init__(
@@ -150,9 +138,11 @@ class Trainer:
         objective: Objective,
         tradeoff: Tradeoff,
         settings: TrainingSettings,
+        forget_reference: bool = True,
     ) -> None:
         self.segment, self.forget, self.retain = segment, forget, retain
         self.objective, self.tradeoff, self.settings = objective, tradeoff, settings
+        self.forget_reference = forget_reference
         self.targets = Targets(settings.target, settings.seed, segment.structure.hidden_size)
         self.micro_batch_size = settings.micro_batch_size
         order = partial(_Order, batch_size=settings.batch_size)
@@ -187,9 +177,9 @@ class Trainer:
                 for step in range(len(log), self.settings.steps):
                     entry = self._step(step, optimiser)
                     log.append(entry)
-                    _append(stage.losses, entry)
+                    append_step(stage.losses, entry)
                     if step == 0:
-                        _check_moved(originals, weights, self.settings)
+                        check_moved(originals, weights, lr=self.settings.lr)
                     if (step + 1) % self.settings.save_every == 0:
                         save()
                     on_step(entry)
@@ -198,10 +188,10 @@ class Trainer:
                 if optimiser.steps == len(log):
                     save()
                 raise
-            _check_finite(weights)
+            check_finite(weights)
             save()
-            _check_moved(originals, weights, self.settings)
-            _check_varies(log)
+            check_moved(originals, weights, lr=self.settings.lr)
+            check_varies([entry.loss for entry in log])
             trained = {name: p.detach().cpu().clone() for name, p in weights.items()}
         return TrainingResult(trained, tuple(log), self.micro_batch_size)
 
@@ -210,7 +200,7 @@ class Trainer:
         topic = step % len(self.forget)
         forget = self._forget_order[topic].batch(step // len(self.forget))
         retain = self._retain_order.batch(step)
-        if step == 0:
+        if step == 0 and self.forget_reference:
             self._first_norm = self._mean_norms(topic, forget)
         while True:
             optimiser.zero_grad()
@@ -220,7 +210,7 @@ class Trainer:
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                self._halve(error)
+                self._halve(error, len(forget), len(retain))
         norm = optimiser.gradient_norm()
         if not all(map(math.isfinite, (norm, *values.values()))):
             raise TrainingError(
@@ -243,9 +233,7 @@ class Trainer:
         self, step: int, topic: int, forget: Sequence[int], retain: Sequence[int]
     ) -> dict[str, float]:
         """Forward and backward of one step, in pieces that together weigh as the whole batch."""
-        micro = self.micro_batch_size or max(len(forget), len(retain))
-        pieces = -(-max(len(forget), len(retain)) // micro)
-        pieces = min(pieces, len(forget), len(retain))
+        pieces = self._pieces(len(forget), len(retain))
         weights = self.tradeoff.at(step, self.settings.steps)
         noise = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + step)
         forget_tokens = self._count(self.forget[topic], forget, "forget")
@@ -287,7 +275,9 @@ class Trainer:
         target = self.targets.at(topic, batch.ids_BT)
         mask_BT = self._mask(batch, "forget")
         targets = dict.fromkeys(acts, target)
-        return Captured(acts, reference, mask_BT, targets, self._first_norm)
+        # A store may hold more than is asked for: it is shared with other objectives.
+        given = reference if self.forget_reference else {}
+        return Captured(acts, given, mask_BT, targets, self._first_norm)
 
     def _mean_norms(self, topic: int, indices: Sequence[int]) -> dict[int, float]:
         """Mean norm of the original activations over all counted tokens of a forget batch."""
@@ -315,23 +305,32 @@ class Trainer:
     def _count(self, store: BoundaryStore, indices: Sequence[int], role: str) -> int:
         return sum(len(store.texts[i]) - self._drops_first(role) for i in indices)
 
-    def _halve(self, error: BaseException) -> None:
-        size = self.micro_batch_size or self.settings.batch_size
-        if size == 1:
+    def _pieces(self, n_forget: int, n_retain: int) -> int:
+        """In how many pieces a step is computed; each holds a text of either side."""
+        larger = max(n_forget, n_retain)
+        return min(-(-larger // (self.micro_batch_size or larger)), n_forget, n_retain)
+
+    def _halve(self, error: BaseException, n_forget: int, n_retain: int) -> None:
+        pieces = self._pieces(n_forget, n_retain)
+        if pieces == min(n_forget, n_retain):
+            f, r = -(-n_forget // pieces), -(-n_retain // pieces)
+            alone = f == r == 1
+            texts = "a single text" if alone else f"{f} forget and {r} retain texts"
             raise ResourceError(
-                what="Out of memory in a training step, with a single text at a time",
+                what=f"Out of memory in a training step, with {texts} at a time",
                 got=str(error).splitlines()[0] if str(error) else type(error).__name__,
-                allowed="a text that fits",
-                fix="lower max_tokens, use dtype bfloat16, or a machine with more memory",
+                allowed="texts that fit; each piece of a step holds forget and retain texts",
+                fix=f"lower max_tokens{'' if alone else ' or batch_size'}, use dtype bfloat16, "
+                "or a machine with more memory",
             ) from error
-        self.micro_batch_size = size // 2
+        self.micro_batch_size = (self.micro_batch_size or self.settings.batch_size) // 2
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
     def _save(self, stage: Stage, optimiser: Optimiser, log: Sequence[StepLog]) -> None:
         # The log first, whole: it may be ahead of the state, never behind.
         if stage.losses is not None:
-            _rewrite(stage.losses, log)
+            write_losses(stage.losses, log)
         if stage.state is not None:
             TrainingState(
                 step=len(log),
@@ -371,73 +370,11 @@ class Trainer:
                 fix="start again with --fresh",
             )
         if stage.losses is not None:
-            _rewrite(stage.losses, log)
+            write_losses(stage.losses, log)
         return log
-
-
-def read_losses(path: Path) -> list[StepLog]:
-    """The lines of a ``losses.jsonl``; a half-written last line is left out."""
-    if not path.exists():
-        return []
-    log = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            log.append(StepLog(**json.loads(line)))
-        except (json.JSONDecodeError, TypeError):
-            break
-    return log
-
-
-def _line(entry: StepLog) -> str:
-    return json.dumps(asdict(entry)) + "\n"
-
-
-def _append(path: Path | None, entry: StepLog) -> None:
-    # The one file that grows in place: a torn last line is recognised when it is read.
-    if path is not None:
-        with disk_errors(path), path.open("a", encoding="utf-8") as handle:
-            handle.write(_line(entry))
-
-
-def _rewrite(path: Path, log: Sequence[StepLog]) -> None:
-    write_text(path, "".join(_line(entry) for entry in log))
 
 
 def _share(indices: Sequence[int], piece: int, pieces: int) -> Sequence[int]:
     """The piece-th of ``pieces`` nearly equal parts; none is empty when pieces <= len."""
     n = len(indices)
     return indices[piece * n // pieces : (piece + 1) * n // pieces]
-
-
-def _check_moved(
-    originals: Mapping[str, Tensor], weights: Mapping[str, Any], settings: TrainingSettings
-) -> None:
-    if all(torch.equal(originals[name], p.detach()) for name, p in weights.items()):
-        raise TrainingError(
-            what="No trained weight has changed",
-            got=f"lr {settings.lr}, {len(weights)} matrices equal to the base's",
-            allowed="at least one changed weight",
-            fix="raise lr; for a narrow dtype keep master_weights on",
-        )
-
-
-def _check_finite(weights: Mapping[str, Tensor]) -> None:
-    for name, weight in weights.items():
-        if not bool(torch.isfinite(weight).all()):
-            raise TrainingError(
-                what="A trained weight is not finite after the last step",
-                got=name,
-                allowed="finite weights",
-                fix="lower lr or weight_decay; for a narrow dtype use float32",
-            )
-
-
-def _check_varies(log: Sequence[StepLog]) -> None:
-    losses = [entry.loss for entry in log]
-    if len(losses) > 1 and max(losses) == min(losses):
-        raise TrainingError(
-            what="The loss was the same at every step, so nothing was learned",
-            got=f"loss {losses[0]} for {len(losses)} steps",
-            allowed="a loss that moves",
-            fix="check the layer and the objective's settings; a term may be saturated",
-        )

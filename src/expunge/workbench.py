@@ -1,0 +1,150 @@
+"""What runs of one model on one data set share, so that a demo or a comparison pays for it once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from expunge import provenance
+from expunge.defaults import fitting_tokens, resolve_device, resolve_layers
+from expunge.functions import FUNCTIONS
+from expunge.functions.base import DataSettings, FunctionData
+from expunge.learning import Learning, objective_of
+from expunge.measuring import Measuring
+from expunge.model.checkpoint import Checkpoint, open_model
+from expunge.model.patch import Patch
+from expunge.objectives import settings_of
+from expunge.progress import Progress, Silent, timed
+from expunge.recipe import Recipe
+from expunge.records import Score, Split
+from expunge.training.loop import Stage, TrainingResult
+
+
+@dataclass
+class Workbench:
+    """The base on disk, the data, and the two sides that work on them: learning and measuring.
+
+    Runs may differ in everything that does not change data, base or device
+    (`Recipe.bench_key`). Nothing is loaded before it is needed.
+    """
+
+    recipe: Recipe
+    progress: Progress = field(default_factory=Silent)
+    timing: dict[str, float] = field(default_factory=dict)
+    spill_directory: Path | None = None
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        """The base on disk."""
+        return Checkpoint.open(self.recipe.model)
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where models run."""
+        return resolve_device(self.recipe.device)
+
+    @cached_property
+    def data(self) -> FunctionData:
+        """The data, read, checked and split."""
+        recipe = self.recipe
+        load = FUNCTIONS.get(recipe.function).part
+        names = DataSettings.__dataclass_fields__
+        with timed(self.timing, "load"):
+            # No more texts than the steps will read: the prefix runs over all of them.
+            needed = min(recipe.max_texts, recipe.steps * recipe.batch_size)
+            given = {name: getattr(recipe, name) for name in names} | {"max_texts": needed}
+            data = load(DataSettings(**given))
+        for note in data.notes:
+            self.progress.say(f"note: {note}")
+        return data
+
+    @cached_property
+    def learning(self) -> Learning:
+        """The training side."""
+        return Learning(
+            self.checkpoint,
+            self.data,
+            open_model=self._open,
+            progress=self.progress,
+            timing=self.timing,
+            spill_directory=self.spill_directory,
+        )
+
+    @cached_property
+    def measuring(self) -> Measuring:
+        """The measuring side."""
+        return Measuring(
+            self.recipe.model,
+            self.data.measured,
+            open_model=self._open,
+            max_tokens=fitting_tokens(self.recipe.max_tokens, self.checkpoint.config),
+            progress=self.progress,
+        )
+
+    def check(self, recipe: Recipe) -> None:
+        """Everything that can be refused before weights are read.
+
+        Raises:
+            ExpungeError: an unknown part or setting, a layer, device, model or file that is not
+                there, data that cannot be used.
+        """
+        settings_of(objective_of(recipe), recipe.objective_settings)
+        resolve_layers(recipe.layer, recipe.trained_layers, self.checkpoint.n_layers)
+        if recipe.oracle is not None and recipe.evaluate:
+            Checkpoint.open(recipe.oracle)
+        _ = self.device, self.data
+
+    def train(self, recipe: Recipe, stage: Stage | None = None) -> tuple[Patch, TrainingResult]:
+        """One run: its patch and the log. Goes on from the stage's saved state, if there is one."""
+        return self.learning.train(recipe, stage)
+
+    def release_training(self) -> None:
+        """Drop the truncated base and its boundaries, to make room for the whole model."""
+        self.learning.release()
+
+    def evaluate(
+        self, patch: Patch | None, *, oracle: str | None = None, split: Split = "test"
+    ) -> list[Score]:
+        """Scores of base, patched and oracle, in this order; the base's are taken once."""
+        return self.measuring.scores(patch, oracle=oracle, split=split)
+
+    def context(self, recipe: Recipe) -> str:
+        """Fingerprint of all that the trained weights depend on: settings, data, base weights."""
+        base = self.checkpoint.base_tensors(self.learning.cut(recipe).names.values())
+        facts = {
+            "recipe": recipe.fingerprint,
+            "data": dict(self.data.hashes),
+            "base": {name: tensor.fingerprint for name, tensor in base.items()},
+            "torch": torch.__version__,
+        }
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    def provenance(self, recipe: Recipe, patch: Patch) -> dict[str, Any]:
+        """Recipe, hashes, versions, hardware."""
+        return {
+            "recipe": recipe.model_dump(mode="json", exclude_none=True),
+            "base": {name: base.to_dict() for name, base in patch.base.items()},
+            "data": dict(self.data.hashes),
+            "notes": list(self.data.notes),
+            "counts": {
+                split: {role: len(items) for role, items in vars(measured).items()}
+                for split, measured in self.data.measured.items()
+            },
+            **provenance.environment(),
+        }
+
+    def _open(self, name: str, layers: int | None = None) -> tuple[Any, Any]:
+        """(model, tokenizer) of a directory or hub name, whole or up to a number of layers."""
+        return open_model(
+            name,
+            layers=layers,
+            dtype=getattr(torch, self.recipe.dtype),
+            device=self.device,
+            trust_remote_code=self.recipe.trust_remote_code,
+        )

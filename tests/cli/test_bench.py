@@ -1,0 +1,65 @@
+"""A bench that is handed from run to run gives each the patch that a bench of its own would."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from expunge.model.segment import Segment
+from expunge.recipe import Recipe
+from expunge.workbench import Workbench
+
+OBJECTIVES = ("rmu", "cosine-rmu", "rmu", "rerouting")
+
+
+def recipe(world, **changes):
+    return Recipe.build(
+        {
+            "model": str(world.model),
+            "forget": str(world.forget),
+            "retain": str(world.retain),
+            "layer": 2,
+            "steps": 4,
+            "lr": 0.01,
+            "batch_size": 4,
+            **changes,
+        }
+    )
+
+
+def timeless(result):
+    return [{**vars(entry), "seconds": 0} for entry in result.log]
+
+
+def test_objectives_share_a_bench(world):
+    shared = Workbench(recipe(world))
+    for objective in OBJECTIVES:
+        one = recipe(world, objective=objective)
+        mine, mine_seen = shared.train(one)
+        alone, alone_seen = Workbench(one).train(one)
+        assert all(torch.equal(mine.deltas[name], alone.deltas[name]) for name in alone.deltas)
+        # The log too does not tell what ran before.
+        assert timeless(mine_seen) == timeless(alone_seen)
+
+
+def test_originals_of_forget_texts_are_stored_when_first_needed(
+    world, monkeypatch: pytest.MonkeyPatch
+):
+    asked: list[bool] = []
+    real = Segment.boundary
+
+    def boundary(self, ids_BT, mask_BT, *, reference):
+        asked.append(reference)
+        return real(self, ids_BT, mask_BT, reference=reference)
+
+    monkeypatch.setattr(Segment, "boundary", boundary)
+    bench = Workbench(recipe(world))
+    for objective, expected in (
+        ("rmu", [False, True]),  # forget, retain
+        ("cosine-rmu", [True]),  # forget once more
+        ("rmu", []),
+        ("rerouting", []),
+    ):
+        asked.clear()
+        bench.learning.cut(recipe(world, objective=objective))
+        assert asked == expected
