@@ -21,7 +21,7 @@ from expunge.records import RunRecord, Score
 # (benchmarks/demo_settings.py). RMU's published coefficient and retain weight belong to 7B models:
 # with them nothing is forgotten here (LOG.md).
 OBJECTIVES: dict[str, dict[str, Any]] = {
-    "cosine-rmu": {"lr": 0.01, "retain_weight": 3.0},
+    "cosine-rmu": {"lr": 0.01},
     "rmu": {"lr": 0.005, "retain_weight": 5.0, "objective_settings": {"coefficient": 100.0}},
     "adaptive-rmu": {"lr": 0.005, "retain_weight": 20.0},
 }
@@ -74,7 +74,7 @@ def demo_recipe(data: Path, **changes: Any) -> Recipe:
             "retain_questions": str(data / "retain_questions.jsonl"),
             "text": str(data / "benign.txt"),
             "max_tokens": 128,
-            "steps": 100,
+            "steps": 80,
             "batch_size": 8,
             **changes,
         }
