@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -23,12 +22,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig
 
 from expunge.files import write_json
 from expunge.model.boundaries import BoundaryStore
+from expunge.model.memory import peak_bytes
 from expunge.model.segment import Segment
 from expunge.model.structure import find_structure
 from expunge.objectives import OBJECTIVES
@@ -41,6 +42,10 @@ from textbook import textbook_rmu
 LAYER, TRAINED = 7, (5, 6, 7)
 BATCH, TOKENS, VOCABULARY = 4, 128, 8192
 COEFFICIENT, RETAIN_WEIGHT, LR = 6.5, 1200.0, 5e-5
+
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
 
 
 def make_base(folder: Path, hidden: int) -> None:
@@ -148,10 +153,6 @@ def timed(work: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - start, result
 
 
-def peak_rss() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def child(kind: str, folder: Path, steps: int) -> int:
     """Peak memory in bytes of a fresh process that does one run of a kind."""
     command = [sys.executable, __file__, "--child", kind, "--folder", str(folder)]
@@ -170,7 +171,7 @@ def run_child(kind: str, folder: Path, steps: int) -> None:
         else:
             del engine.segment
             run_textbook(folder, engine, all_gradients=True)()
-    print(peak_rss())
+    print(peak_bytes())
 
 
 def matmul_peak(seconds: float = 1.0) -> float:
@@ -191,9 +192,9 @@ def difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("results/engine.json"))
-    parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--hidden", type=int, default=768)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--child", choices=["imports", "engine", "textbook"])
     parser.add_argument("--folder", type=Path)
     given = parser.parse_args()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -21,9 +22,20 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def peak_bytes() -> int:
     """Largest resident memory of this process so far, plus the peak of CUDA memory."""
+    return _peak_resident() + (
+        torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    )
+
+
+def _peak_resident() -> int:
+    # Linux's ru_maxrss starts at the parent's size in a child process; VmHWM is this program's.
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return peak + (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def halving_rows(rows: int, work: Callable[[int, int], None], *, what: str, size: int = 0) -> int:
