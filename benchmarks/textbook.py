@@ -7,7 +7,6 @@ description (arXiv:2403.03218); used by the benchmark only.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import Tensor
 
 def textbook_rmu(
     model: Any,
+    frozen: Any,
     *,
     forget: Sequence[Tensor],
     retain: Sequence[Tensor],
@@ -31,9 +31,9 @@ def textbook_rmu(
 
     Args:
         model: a Llama-like causal LM in float32.
+        frozen: a second one with the same weights, for the retain term's reference.
         forget, retain: a batch of token ids (BT, no padding) for each step.
     """
-    frozen = copy.deepcopy(model).requires_grad_(False)
     names = [f"model.layers.{i}.mlp.down_proj.weight" for i in (layer - 2, layer - 1, layer)]
     trained = {name: model.get_parameter(name) for name in names}
     model.requires_grad_(all_gradients)

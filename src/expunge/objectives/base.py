@@ -65,12 +65,18 @@ class Loss:
 
     Attributes:
         forget, retain: float32 scalars with gradient; lower is better for both.
-        logs: detached scalars worth watching, e.g. ``cos_target`` and ``norm_ratio``.
+        watch: computes detached scalars worth watching, e.g. ``cos_target`` and ``norm_ratio``;
+            called at some steps only, since it costs as much as a loss.
     """
 
     forget: Tensor
     retain: Tensor
-    logs: Mapping[str, Tensor] = field(default_factory=dict)
+    watch: Callable[[], Mapping[str, Tensor]] = dict
+
+    @property
+    def logs(self) -> Mapping[str, Tensor]:
+        """What `watch` computes."""
+        return self.watch()
 
     def total(self, *, forget_weight: float, retain_weight: float) -> Tensor:
         """The weighed sum."""

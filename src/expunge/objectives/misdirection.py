@@ -6,6 +6,8 @@ over tokens that count and over the layers read. Shapes: B batch, T tokens, D hi
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -37,7 +39,7 @@ def rmu(forget: Captured, retain: Captured, *, coefficient: float = 6.5) -> Loss
     return Loss(
         _steer(forget, {layer: coefficient for layer in forget.acts}),
         squared_error(retain),
-        _watch(forget, retain),
+        partial(_watch, forget, retain),
     )
 
 
@@ -74,7 +76,7 @@ def adaptive_rmu(
             layer: beta * _sample_norm(h0_BTD, forget.mask_BT)
             for layer, h0_BTD in forget.reference.items()
         }
-    return Loss(_steer(forget, norms), squared_error(retain), _watch(forget, retain))
+    return Loss(_steer(forget, norms), squared_error(retain), partial(_watch, forget, retain))
 
 
 @objective(
@@ -118,7 +120,7 @@ def cosine_rmu(
     retain_loss = angle(retain)
     if retain_norm_weight:
         retain_loss = retain_loss + retain_norm_weight * _norm_error(retain, 1.0)
-    return Loss(forget_loss, retain_loss, _watch(forget, retain))
+    return Loss(forget_loss, retain_loss, partial(_watch, forget, retain))
 
 
 def _steer(forget: Captured, norms: dict[int, float] | dict[int, Tensor | float]) -> Tensor:

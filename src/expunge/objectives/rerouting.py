@@ -28,6 +28,9 @@ def rerouting(forget: Captured, retain: Captured) -> Loss:
     forget_loss = mean_over_layers(
         [masked_mean(torch.relu(cos_BT), forget.mask_BT) for cos_BT in cosines.values()]
     )
-    deepest = max(cosines)
-    logs = {"cos_original": masked_mean(cosines[deepest].detach(), forget.mask_BT)}
-    return Loss(forget_loss, distance(retain), logs)
+    deepest_BT = cosines[max(cosines)].detach()
+    return Loss(
+        forget_loss,
+        distance(retain),
+        lambda: {"cos_original": masked_mean(deepest_BT, forget.mask_BT)},
+    )

@@ -29,6 +29,9 @@ from expunge.training.log import StepLog, append_step, read_losses, write_losses
 from expunge.training.state import Optimiser, TrainingState
 from expunge.training.tradeoff import Tradeoff
 
+# Steps between looks at what an objective watches besides its loss.
+WATCH_EVERY = 5
+
 FirstToken = Literal["retain", "both", "neither"]
 LrSchedule = Literal["linear", "constant"]
 
@@ -224,6 +227,9 @@ class Trainer:
         seconds = time.perf_counter() - start
         return StepLog(step, topic, **main, gradient_norm=norm, seconds=seconds, logs=values)
 
+    def _watched(self, step: int) -> bool:
+        return step % WATCH_EVERY == 0 or step + 1 == self.settings.steps
+
     def _lr(self, step: int) -> float:
         if self.settings.lr_schedule == "constant":
             return self.settings.lr
@@ -254,7 +260,7 @@ class Trainer:
             found["retain"] = loss.retain * retain_share
             found |= {
                 key: value * (retain_share if key.endswith("retain") else forget_share)
-                for key, value in loss.logs.items()
+                for key, value in (loss.logs.items() if self._watched(step) else ())
             }
             for key, value in found.items():
                 totals[key] = totals.get(key, 0.0) + float(value.detach())
