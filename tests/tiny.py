@@ -146,9 +146,10 @@ def bench(
     captured: Sequence[int] = (2,),
     limit_bytes: int | None = None,
     folder: Path | None = None,
+    device: str = "cpu",
 ) -> Bench:
     """A model with computed stores of 10 texts a topic and 13 retain texts."""
-    model = tiny_model(name, dtype=dtype)
+    model = tiny_model(name, dtype=dtype).to(device)
     _, segment = cut(model, trained=trained, captured=captured)
     sets = [*(texts(10, seed=topic) for topic in range(topics)), texts(13, seed=50)]
     stores = [

@@ -204,9 +204,52 @@ def apply(
 
     learned = Patch.load(_patch_path(patch))
     with _progress().phase("apply", 1) as advance, disk_errors(out):
-        apply_patch(learned, model, out, scale=scale)
-        advance(1)
+        told = 0
+
+        def tell(done: int, total: int) -> None:
+            nonlocal told
+            advance(done - told, "bytes", total=total)
+            told = done
+
+        apply_patch(learned, model, out, scale=scale, on_progress=tell)
     _result(as_json, {"out": str(out), "tensors": list(learned.names), "scale": scale})
+
+
+@app.command()
+def export(
+    patch: Annotated[
+        Path, typer.Argument(metavar="PATCH", help="A patch file, or a run directory.")
+    ],
+    model: Annotated[str, typer.Option(metavar="DIR", help="The base model's directory.")],
+    rank: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Rank of the adapter; more loses less.")
+    ],
+    out: Annotated[
+        Path, typer.Option("-o", "--out", metavar="DIR", help="The adapter's directory.")
+    ],
+    as_json: Json = False,
+) -> None:
+    """Write the patch as a PEFT LoRA adapter, and tell what the low rank loses.
+
+    The relative error of a tensor is the norm of what is lost over that of the
+    change: 0 is exact, 1 is nothing kept.
+    """
+    from expunge.model.apply import check_out, verified_targets
+    from expunge.model.checkpoint import Checkpoint
+    from expunge.model.lora import CONV1D_TYPES, to_peft
+    from expunge.model.patch import Patch
+    from expunge.tables import print_export
+
+    learned, base = Patch.load(_patch_path(patch)), Checkpoint.open(model)
+    check_out(base.directory, out, what="The adapter")
+    verified_targets(base, learned)
+    is_conv1d = base.config.get("model_type") in CONV1D_TYPES
+    with disk_errors(out):
+        made = to_peft(learned, out, rank=rank, base_model=model, fan_in_fan_out=is_conv1d)
+    if as_json:
+        _print_json({"out": str(out), "errors": made.errors, "total_error": made.total_error})
+    else:
+        print_export(stdout, made)
 
 
 @app.command("eval")
@@ -226,6 +269,12 @@ def evaluate(
     device: Annotated[
         str, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, …; auto: cuda if there is one.")
     ] = "auto",
+    dtype: Annotated[
+        str, typer.Option(metavar="NAME", help="float32, bfloat16 or float16, in memory.")
+    ] = "float32",
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code shipped with the model.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Measure a model, patched or not.
@@ -243,6 +292,8 @@ def evaluate(
         text=text,
         max_tokens=max_tokens,
         device=device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
         progress=_progress(),
     )
     if as_json:
@@ -297,7 +348,8 @@ def list_(
     from expunge.registry import Entry
 
     if directory is not None:
-        records = find_records(directory)
+        progress = _progress()
+        records = find_records(directory, lambda error: progress.say(f"left out: {error}"))
         if as_json:
             _print_json({"runs": [{"run": str(p), **r.to_dict()} for p, r in records]})
         else:

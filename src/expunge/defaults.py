@@ -20,6 +20,7 @@ RELATIVE_STEP = 1.3
 SHALLOW = 12
 # RMU's layer for 7-8B models of 32 layers (arXiv:2403.03218).
 DEEP_LAYER = 7
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def default_layer(n_layers: int) -> int:
@@ -86,6 +87,18 @@ def default_lr(segment: Segment) -> float:
     rms = torch.stack([p.detach().float().square().mean() for p in weights]).mean().sqrt()
     lr = RELATIVE_STEP * float(rms) / math.sqrt(fan_in)
     return float(f"{lr:.2g}")
+
+
+def resolve_dtype(name: str) -> torch.dtype:
+    """The dtype of that name. Raises RecipeError for one that models are not opened in."""
+    if name not in DTYPES:
+        raise RecipeError(
+            what="Unknown dtype",
+            got=repr(name),
+            allowed=", ".join(DTYPES),
+            fix="use --dtype bfloat16 for a large model",
+        )
+    return DTYPES[name]
 
 
 def resolve_device(name: str) -> torch.device:

@@ -11,13 +11,14 @@ import os
 import signal
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from expunge.errors import ExpungeError
+from expunge.errors import ExpungeError, ResourceError
 from expunge.progress import Advance, Progress, Silent
 from expunge.recipe import Recipe
 from expunge.records import RunRecord
@@ -66,6 +67,7 @@ def run_jobs(
 
 def _in_processes(jobs: Sequence[Job], workers: int, advance: Advance) -> list[RunRecord]:
     context = multiprocessing.get_context("spawn")
+    others = {*multiprocessing.active_children()}
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_prepare_process)
     futures = {pool.submit(_try, job): index for index, job in enumerate(jobs)}
     found: dict[int, RunRecord] = {}
@@ -76,14 +78,25 @@ def _in_processes(jobs: Sequence[Job], workers: int, advance: Advance) -> list[R
                 raise _KINDS[result.kind](**result.parts)
             found[index] = result
             advance(1, jobs[index].out.name)
-    except BaseException:
+    except BaseException as error:
         # Runs under way save their state and stop; those that wait never start.
-        for process in multiprocessing.active_children():
+        for process in {*multiprocessing.active_children()} - others:
             process.terminate()
+        if isinstance(error, BrokenProcessPool):
+            raise _worker_lost(workers) from error
         raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
     return [found[index] for index in range(len(jobs))]
+
+
+def _worker_lost(workers: int) -> ResourceError:
+    return ResourceError(
+        what="A process that did some of the runs was killed",
+        got="it ended without a word, as when the system runs out of memory",
+        allowed=f"memory for {workers} runs at a time",
+        fix="the same command goes on where it stopped; free some memory or use fewer workers",
+    )
 
 
 _bench: dict[str, Workbench] = {}

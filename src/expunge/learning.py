@@ -6,8 +6,7 @@ Runs share the opened base and its boundaries; each leaves a patch.
 from __future__ import annotations
 
 import gc
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,7 @@ from expunge.data.text import Text
 from expunge.data.tokens import encode, too_short
 from expunge.defaults import default_lr, fitting_tokens, resolve_layers
 from expunge.errors import DataError, RecipeError
+from expunge.files import local_path
 from expunge.functions import FUNCTIONS
 from expunge.functions.base import FunctionData
 from expunge.model.boundaries import BoundaryStore
@@ -35,10 +35,42 @@ from expunge.registry import Entry
 from expunge.training.loop import Stage, Trainer, TrainingResult, TrainingSettings
 from expunge.training.tradeoff import Tradeoff
 
+DATA_FIELDS = ("forget", "retain", "questions", "retain_questions", "text")
+
 
 def objective_of(recipe: Recipe) -> Entry[Objective]:
     """The recipe's objective, or its function's own."""
     return OBJECTIVES.get(recipe.objective or FUNCTIONS.get(recipe.function).extras["objective"])
+
+
+def published(name: str) -> str:
+    """A source or model as it may be shown: of a local path the last part alone.
+
+    Patches are given away, and where things lay on a machine is nobody's business.
+    """
+    path = local_path(name)
+    return path.resolve().name if path.is_absolute() or path.exists() else name
+
+
+def as_published(hashes: Mapping[str, str]) -> dict[str, str]:
+    """The data's hashes by published names; a name that comes again gets a number."""
+    found: dict[str, str] = {}
+    for name, digest in hashes.items():
+        shown = published(name)
+        again = sum(key == shown or key.startswith(f"{shown}#") for key in found)
+        found[f"{shown}#{again + 1}" if again else shown] = digest
+    return found
+
+
+def _published_recipe(recipe: Recipe) -> dict[str, Any]:
+    settings = recipe.model_dump(mode="json", exclude_none=True)
+    for key in ("model", "oracle", *DATA_FIELDS):
+        value = settings.get(key)
+        if isinstance(value, str):
+            settings[key] = published(value)
+        elif value is not None:
+            settings[key] = [published(name) for name in value]
+    return settings
 
 
 @dataclass(frozen=True)
@@ -90,6 +122,7 @@ class Learning:
         self._opened: _Opened | None = None
         self._cuts: dict[tuple[Any, ...], Cut] = {}
         self._micro_batch_size = 0
+        self._told: dict[str, float] = {}
 
     def train(self, recipe: Recipe, stage: Stage | None = None) -> tuple[Patch, TrainingResult]:
         """One run: its patch and the log. Goes on from the stage's saved state, if there is one."""
@@ -114,7 +147,6 @@ class Learning:
             settings=settings,
             forget_reference=entry.extras["needs"].forget_reference,
         )
-        start = time.perf_counter()
         with self.progress.phase("train", recipe.steps) as advance:
             result = trainer.run(
                 stage or Stage(),
@@ -126,8 +158,9 @@ class Learning:
         self._micro_batch_size = result.micro_batch_size
         trained, layer = self._layers(recipe)
         facts = {
-            "data": dict(self.data.hashes),
-            "timing": {**self.timing, "train": time.perf_counter() - start},
+            "data": as_published(self.data.hashes),
+            # The log's sum counts all of a run that was interrupted.
+            "timing": {**self._since_last(), "train": sum(log.seconds for log in result.log)},
             "layer": layer,
             "trained_layers": list(trained),
             "lr": settings.lr,
@@ -165,6 +198,13 @@ class Learning:
                 store.close()
         self._opened, self._cuts = None, {}
         gc.collect()
+
+    def _since_last(self) -> dict[str, float]:
+        """Seconds spent since the last run on this bench; what the two share counts for that."""
+        names = ("load", "prefix")
+        spent = {name: self.timing.get(name, 0.0) - self._told.get(name, 0.0) for name in names}
+        self._told = dict(self.timing)
+        return spent
 
     def _layers(self, recipe: Recipe) -> tuple[tuple[int, ...], int]:
         return resolve_layers(recipe.layer, recipe.trained_layers, self.checkpoint.n_layers)
@@ -260,8 +300,8 @@ class Learning:
             "function": recipe.function,
             "objective": objective_of(recipe).name,
             "seed": recipe.seed,
-            "base_model": Path(recipe.model).name,
-            "recipe": recipe.model_dump(mode="json", exclude_none=True),
+            "base_model": published(recipe.model),
+            "recipe": _published_recipe(recipe),
             "training": facts,
         }
         return Patch.between(

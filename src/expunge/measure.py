@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from expunge.data.sources import read_questions, read_texts
-from expunge.defaults import fitting_tokens, resolve_device
+from expunge.defaults import fitting_tokens, resolve_device, resolve_dtype
 from expunge.errors import DataError
 from expunge.evaluation.fluency import nll, perplexity
 from expunge.evaluation.likelihood import score
@@ -30,6 +28,8 @@ def measure(
     text: str | None = None,
     max_tokens: int = 512,
     device: str = "auto",
+    dtype: str = "float32",
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> list[Score]:
     """``accuracy``, ``answer_nll``, ``text_nll`` and ``perplexity`` over all of the given data.
@@ -39,6 +39,8 @@ def measure(
         patch: applied in memory before measuring.
         questions: multiple choice in any form that `read_questions` knows.
         text: texts in any form that `read_texts` knows.
+        dtype: of the model in memory; a patch needs one that holds what is on disk.
+        trust_remote_code: run Python code shipped with the model.
 
     Raises:
         DataError: neither questions nor text is given, or a file cannot be used.
@@ -62,7 +64,11 @@ def measure(
     if tokens < max_tokens:
         progress.say(f"note: the model's context is {tokens} tokens; longer texts are cut there")
     network, tokenizer = open_model(
-        model, layers=None, dtype=torch.float32, device=resolve_device(device)
+        model,
+        layers=None,
+        dtype=resolve_dtype(dtype),
+        device=resolve_device(device),
+        trust_remote_code=trust_remote_code,
     )
     role: ModelRole = "base"
     if learned is not None:

@@ -14,11 +14,9 @@ from typing import Any
 
 import torch
 
-from expunge.defaults import resolve_layers
-from expunge.errors import RecipeError
+from expunge.defaults import resolve_dtype, resolve_layers
 from expunge.model.checkpoint import Checkpoint
 
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Share of the matrix-product peak that the engine reaches (results/engine.json).
 EFFICIENCY = 0.5
 PROBE_SIZE, PROBE_SECONDS = 1024, 0.3
@@ -73,10 +71,8 @@ def plan(model: str, *, layer: Any, steps: int, batch_size: int, tokens: int, dt
     checkpoint = Checkpoint.open(model)
     total = checkpoint.n_layers
     trained, layer = resolve_layers(layer, None, total)
-    _check_dtype(dtype)
-    text = checkpoint.config.get("text_config", checkpoint.config)
-    hidden = int(text.get("hidden_size") or text["n_embd"])
-    inner = int(text.get("intermediate_size") or text.get("n_inner") or 4 * hidden)
+    width = resolve_dtype(dtype).itemsize
+    hidden, inner = checkpoint.hidden_size, checkpoint.intermediate_size
 
     per_layer = [0] * total
     bytes_read = bytes_total = 0
@@ -93,7 +89,6 @@ def plan(model: str, *, layer: Any, steps: int, batch_size: int, tokens: int, dt
             outside += size
             bytes_read += stored
 
-    width = BYTES[dtype]
     projection = hidden * inner
     texts = 2 * steps * batch_size
     step_tokens = 2 * batch_size * tokens
@@ -123,16 +118,6 @@ def plan(model: str, *, layer: Any, steps: int, batch_size: int, tokens: int, dt
         matmul_flops=speed,
         seconds=(flops_prefix + flops_train) / (speed * EFFICIENCY),
     )
-
-
-def _check_dtype(dtype: str) -> None:
-    if dtype not in BYTES:
-        raise RecipeError(
-            what="Unknown dtype",
-            got=repr(dtype),
-            allowed=", ".join(BYTES),
-            fix="use --dtype bfloat16 for a large model",
-        )
 
 
 def _layer_of(name: str, total: int) -> int | None:

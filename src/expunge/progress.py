@@ -27,7 +27,7 @@ class Progress(Protocol):
         """One sentence worth knowing."""
 
     def phase(self, title: str, total: int) -> AbstractContextManager[Advance]:
-        """A step of known length. Yields ``advance(amount, note="")``."""
+        """A step of known length. Yields ``advance(amount, note="", total=None)``."""
 
 
 class Silent:
@@ -39,7 +39,7 @@ class Silent:
     @contextmanager
     def phase(self, title: str, total: int) -> Iterator[Advance]:
         """A step that shows nothing."""
-        yield lambda amount, note="": None
+        yield lambda amount, note="", total=None: None
 
 
 class Bars:
@@ -66,7 +66,9 @@ class Bars:
         )
         with RichProgress(*columns, console=self.console) as bar:
             task = bar.add_task(title, total=total, note="")
-            yield lambda amount, note="": bar.update(task, advance=amount, note=note)
+            yield lambda amount, note="", total=None: bar.update(
+                task, advance=amount, note=note, total=total
+            )
 
 
 @contextmanager

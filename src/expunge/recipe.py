@@ -66,7 +66,9 @@ class Recipe(BaseModel):
 
     layer: int | Auto = Field("auto", description="deepest layer read, 0-based")
     trained_layers: tuple[int, ...] | None = Field(
-        None, description="layers whose projection is trained; default: layer-2 to layer"
+        None,
+        description="layers whose projection is trained; default: layer-2 to layer, "
+        "and in a model of at most 12 layers all up to layer",
     )
     steps: int = Field(150, ge=1, description="optimiser steps")
     lr: Annotated[float, Field(gt=0)] | Auto = Field("auto", description="learning rate of AdamW")
@@ -98,6 +100,9 @@ class Recipe(BaseModel):
     )
     trust_remote_code: bool = Field(False, description="run Python code shipped with the model")
     evaluate: bool = Field(True, description="measure base and patched model after training")
+    measure_on: Literal["validation", "test"] = Field(
+        "test", description="split to measure on; validation for choosing settings"
+    )
     oracle: Name | None = Field(None, description="a model never taught the function, to compare")
 
     @field_validator("forget", "retain", mode="before")
@@ -140,7 +145,8 @@ class Recipe(BaseModel):
     def fingerprint(self) -> str:
         """Hash of all that changes the trained weights: runs with the same one may resume."""
         return self._hash(
-            exclude={"save_every", "evaluate", "oracle", "micro_batch_size", "cache_gib"}
+            exclude={"save_every", "evaluate", "measure_on", "oracle"}
+            | {"micro_batch_size", "cache_gib"}
         )
 
     @property
@@ -149,11 +155,19 @@ class Recipe(BaseModel):
         return self._hash(
             include={"function", "model", "forget", "retain", "questions", "retain_questions"}
             | {"text", "field", "on_overlap", "validation_share", "held_back_share", "max_texts"}
-            | {"max_tokens", "dtype", "device", "cache_gib", "trust_remote_code"}
+            | {"max_tokens", "dtype", "device", "cache_gib", "trust_remote_code"},
+            texts_needed=self.texts_needed,
         )
 
-    def _hash(self, **which: set[str]) -> str:
-        plain = self.model_dump(mode="json", **which)  # type: ignore[arg-type]
+    @property
+    def texts_needed(self) -> int:
+        """Texts of a topic, and of retain, that a run reads at most; the prefix runs over them."""
+        return min(self.max_texts, self.steps * self.batch_size)
+
+    def _hash(
+        self, *, include: set[str] | None = None, exclude: set[str] | None = None, **more: Any
+    ) -> str:
+        plain = self.model_dump(mode="json", include=include, exclude=exclude) | more
         return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 

@@ -6,6 +6,7 @@ Frozen value objects with a JSON form. A missing value is ``None`` with a reason
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -120,11 +121,16 @@ class RunRecord:
         return None
 
 
-def find_records(directory: Path) -> list[tuple[Path, RunRecord]]:
+def find_records(
+    directory: Path, on_unreadable: Callable[[DataError], None]
+) -> list[tuple[Path, RunRecord]]:
     """Finished runs in a folder or anywhere below it, by path.
 
+    Args:
+        on_unreadable: called with the error for a record that is left out.
+
     Raises:
-        DataError: the folder is missing, or a record in it cannot be read.
+        DataError: the folder is missing.
     """
     if not directory.is_dir():
         raise DataError(
@@ -134,4 +140,10 @@ def find_records(directory: Path) -> list[tuple[Path, RunRecord]]:
             fix="check the path",
         )
     paths = sorted(path.parent for path in directory.rglob(RECORD_NAME))
-    return [(path, RunRecord.load(path)) for path in paths]
+    found = []
+    for path in paths:
+        try:
+            found.append((path, RunRecord.load(path)))
+        except DataError as error:
+            on_unreadable(error)
+    return found

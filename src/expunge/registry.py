@@ -1,4 +1,4 @@
-"""One registry for each kind of part: objectives, functions, attacks, evaluators.
+"""One registry for each kind of part: objectives and functions.
 
 Registering is decorating, and a name, a source and the deviations from it are mandatory. A third
 party's package adds a part by the entry point group ``expunge.<kind>s`` whose value is a module;
@@ -40,6 +40,7 @@ class Registry(Generic[T]):
         self.kind = kind
         self._entries: dict[str, Entry[T]] = {}
         self._loaded_plugins = False
+        self._broken_plugins: dict[str, str] = {}
 
     def register(
         self, name: str, *, source: str, deviations: str, **extras: Any
@@ -60,9 +61,10 @@ class Registry(Generic[T]):
         """The entry of that name. Raises RecipeError with the nearest known name."""
         self._load_plugins()
         if name not in self._entries:
+            broken = "".join(f"; plugin {k} failed: {v}" for k, v in self._broken_plugins.items())
             raise RecipeError(
                 what=f"Unknown {self.kind}",
-                got=repr(name),
+                got=repr(name) + broken,
                 allowed=", ".join(sorted(self._entries)),
                 fix=nearest(name, self._entries),
             )
@@ -80,7 +82,11 @@ class Registry(Generic[T]):
         if not self._loaded_plugins:
             self._loaded_plugins = True
             for point in entry_points(group=f"expunge.{self.kind}s"):
-                point.load()
+                try:
+                    point.load()
+                # Another's code may raise anything; it is told when a part is missed.
+                except Exception as error:  # noqa: BLE001
+                    self._broken_plugins[point.name] = f"{type(error).__name__}: {error}"
 
 
 def nearest(name: str, known: Any) -> str:

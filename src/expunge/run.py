@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from expunge.errors import DataError, ExpungeError
+import psutil
+
+from expunge.errors import DataError, ExpungeError, PatchError
 from expunge.files import disk_errors
-from expunge.learning import objective_of
+from expunge.learning import as_published, objective_of
+from expunge.model.boundaries import SPILL_PREFIX
 from expunge.model.memory import peak_bytes
 from expunge.model.patch import Patch
 from expunge.progress import Progress, Silent, timed
@@ -23,6 +27,12 @@ RECIPE_NAME = "recipe.yaml"
 PATCH_NAME = "patch.safetensors"
 LOSSES_NAME = "losses.jsonl"
 STATE_NAME = "state.safetensors"
+WORK_NAMES = (PATCH_NAME, LOSSES_NAME, STATE_NAME, RECORD_NAME)
+# What a killed process leaves in its folder, with its number: spilled boundaries, half a file.
+_LEFTOVER = re.compile(
+    rf"{re.escape(SPILL_PREFIX)}(\d+)-\w+"
+    rf"|\.(?:{'|'.join(map(re.escape, (RECIPE_NAME, *WORK_NAMES)))})\.(\d+)\.tmp"
+)
 
 
 def unlearn(
@@ -86,6 +96,7 @@ def run(
         ExpungeError: other kinds, from the parts.
     """
     progress = progress or Silent()
+    _check_own(out)
     finished = None if fresh else _look(recipe, out)
     if finished is not None:
         progress.say(f"{out} holds this run, finished; --fresh runs it again")
@@ -112,6 +123,7 @@ def _trained(recipe: Recipe, out: Path, bench: Workbench) -> Patch:
             trained, _ = bench.train(recipe, stage)
         trained.save(out / PATCH_NAME)
     patch = Patch.load(out / PATCH_NAME)
+    _check_trained_here(patch, out)
     _check_same_data(patch, bench.data.hashes, out)
     return patch
 
@@ -124,7 +136,7 @@ def _measured(recipe: Recipe, patch: Patch, bench: Workbench) -> RunRecord:
     scores: list[Score] = []
     if recipe.evaluate:
         with timed(timing, "evaluate"):
-            scores = bench.evaluate(patch, oracle=recipe.oracle)
+            scores = bench.evaluate(patch, oracle=recipe.oracle, split=recipe.measure_on)
     return RunRecord(
         function=recipe.function,
         objective=objective_of(recipe).name,
@@ -137,8 +149,8 @@ def _measured(recipe: Recipe, patch: Patch, bench: Workbench) -> RunRecord:
     )
 
 
-def _look(recipe: Recipe, out: Path) -> RunRecord | None:
-    """Refuse a folder of another run; the record if it holds this very run, finished."""
+def _check_own(out: Path) -> None:
+    """Refuse a folder that is not a run's: what a run writes and discards there may be a user's."""
     if out.exists() and not out.is_dir():
         raise DataError(
             what="The output folder is a file",
@@ -146,7 +158,21 @@ def _look(recipe: Recipe, out: Path) -> RunRecord | None:
             allowed="a new or empty folder",
             fix="choose another -o",
         )
-    work = [name for name in (PATCH_NAME, LOSSES_NAME, STATE_NAME, RECORD_NAME) if _in(out, name)]
+    names = {path.name for path in out.glob("[!.]*")}
+    others = sorted(names - {RECIPE_NAME, *WORK_NAMES})
+    # A recipe without any work may be one that a user wrote.
+    if others and not (RECIPE_NAME in names and names & {*WORK_NAMES}):
+        raise DataError(
+            what="The output folder holds files that are no run's",
+            got=f"{out} with {', '.join(others[:5])}{', …' if len(others) > 5 else ''}",
+            allowed="a new folder, an empty one, or that of an earlier run",
+            fix="choose another -o, such as a new folder within this one",
+        )
+
+
+def _look(recipe: Recipe, out: Path) -> RunRecord | None:
+    """Refuse a folder of another run; the record if it holds this very run, finished."""
+    work = [name for name in WORK_NAMES if _in(out, name)]
     # A recipe alone is a run that never took a step: nothing is lost with it.
     if not work:
         return None
@@ -159,7 +185,8 @@ def _look(recipe: Recipe, out: Path) -> RunRecord | None:
                 allowed="a new folder, or the same settings to go on with an interrupted run",
                 fix="choose another -o, or discard that run with --fresh",
             )
-        measured = (earlier.evaluate, earlier.oracle) == (recipe.evaluate, recipe.oracle)
+        keys = ("evaluate", "measure_on", "oracle")
+        measured = all(getattr(earlier, key) == getattr(recipe, key) for key in keys)
         if RECORD_NAME in work and (measured or not recipe.evaluate):
             return RunRecord.load(out)
         return None
@@ -179,8 +206,10 @@ def _claim(recipe: Recipe, out: Path, *, fresh: bool) -> None:
                 (out / name).unlink(missing_ok=True)
         # A record that is here is of the run to be discarded, or lacks what is to be measured.
         (out / RECORD_NAME).unlink(missing_ok=True)
-        for killed in (*out.glob(".*.tmp"), *out.glob("boundaries-*")):
-            shutil.rmtree(killed) if killed.is_dir() else killed.unlink()
+        for path in out.glob(".*"):
+            match = _LEFTOVER.fullmatch(path.name)
+            if match and not psutil.pid_exists(int(match[1] or match[2])):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
     recipe.save(out / RECIPE_NAME)
 
 
@@ -200,10 +229,27 @@ def _in(out: Path, name: str) -> bool:
     return (out / name).exists()
 
 
+def _check_trained_here(patch: Patch, out: Path) -> None:
+    """A patch that was put here by hand, or is a sum of patches, tells of no training."""
+    training = patch.metadata.get("training")
+    facts = training if isinstance(training, dict) else {}
+    if not all(isinstance(facts.get(name), dict) for name in ("data", "timing")):
+        raise PatchError(
+            what=f"The patch in {out} was not left there by a run",
+            got=f"{PATCH_NAME} without the data and times of its training",
+            allowed="the patch that the interrupted run of this folder saved",
+            fix="take that file elsewhere, then start again with --fresh; "
+            "`expunge eval --patch` measures any patch",
+        )
+
+
 def _check_same_data(patch: Patch, hashes: Mapping[str, str], out: Path) -> None:
     """The record names the data's hashes; they must be those that the patch was trained on."""
     trained_on = patch.metadata["training"]["data"]
-    changed = sorted(name for name in trained_on if trained_on[name] != hashes.get(name))
+    now = as_published(hashes)
+    # Told as typed; a patch knows the published names alone.
+    typed = dict(zip(now, hashes, strict=True))
+    changed = sorted(typed.get(k, k) for k in trained_on if trained_on[k] != now.get(k))
     if changed:
         raise DataError(
             what=f"The data has changed since the patch in {out} was trained",

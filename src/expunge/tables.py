@@ -15,6 +15,7 @@ from expunge.registry import Entry
 
 if TYPE_CHECKING:
     from expunge.demo import DemoSummary
+    from expunge.model.lora import LoraExport
     from expunge.model.patch import Patch
     from expunge.plan import Plan
 
@@ -108,6 +109,16 @@ def print_patch(console: Console, patch: Patch) -> None:
     for name in patch.names:
         delta = patch.deltas[name]
         table.add_row(Text(name), str(tuple(delta.shape)), f"{float(delta.norm()):.4g}")
+    console.print(table)
+
+
+def print_export(console: Console, made: LoraExport) -> None:
+    """What an adapter lost of each tensor of its patch, and in total."""
+    table = Table(title=f"LoRA adapter in {made.path}", title_justify="left")
+    table.add_column("tensor", overflow="fold")
+    table.add_column("relative error", justify="right")
+    for name, error in (*made.errors.items(), ("total", made.total_error)):
+        table.add_row(name, f"{error:.4f}")
     console.print(table)
 
 

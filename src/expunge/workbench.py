@@ -56,10 +56,8 @@ class Workbench:
         load = FUNCTIONS.get(recipe.function).part
         names = DataSettings.__dataclass_fields__
         with timed(self.timing, "load"):
-            # No more texts than the steps will read: the prefix runs over all of them.
-            needed = min(recipe.max_texts, recipe.steps * recipe.batch_size)
-            given = {name: getattr(recipe, name) for name in names} | {"max_texts": needed}
-            data = load(DataSettings(**given))
+            given = {name: getattr(recipe, name) for name in names}
+            data = load(DataSettings(**{**given, "max_texts": recipe.texts_needed}))
         for note in data.notes:
             self.progress.say(f"note: {note}")
         return data
@@ -94,6 +92,8 @@ class Workbench:
             ExpungeError: an unknown part or setting, a layer, device, model or file that is not
                 there, data that cannot be used.
         """
+        if recipe.bench_key != self.recipe.bench_key:
+            raise ValueError("this bench was made for another model or other data")
         settings_of(objective_of(recipe), recipe.objective_settings)
         resolve_layers(recipe.layer, recipe.trained_layers, self.checkpoint.n_layers)
         if recipe.oracle is not None and recipe.evaluate:

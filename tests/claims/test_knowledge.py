@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -10,6 +13,7 @@ from expunge.miniature import check_data
 from expunge.model.patch import Patch
 from expunge.run import Workbench
 
+ROOT = Path(__file__).parents[2]
 COSINE = {"objective": "cosine-rmu", **OBJECTIVES["cosine-rmu"]}
 
 
@@ -70,10 +74,8 @@ def test_control_a_random_edit_of_equal_norm_removes_nothing(bench, learned):
     random = Patch(deltas, learned.base, {})
     assert random.norm() == pytest.approx(learned.norm(), rel=1e-4)
     found = {s.name: s for s in bench.evaluate(random) if s.model == "patched"}
-    forget = 1 - found["forget_accuracy"].value
-    retain = 1 - found["retain_accuracy"].value
-    # What noise of that size breaks, it breaks on both sides alike: it removes no function.
-    assert abs(forget - retain) < 0.15
+    assert found["forget_accuracy"].value >= 0.95
+    assert found["forget_nll"].value < 0.5
 
 
 def test_half_a_patch_is_half_way_and_its_negative_undoes_it(bench, learned):
@@ -82,3 +84,22 @@ def test_half_a_patch_is_half_way_and_its_negative_undoes_it(bench, learned):
     none = {s.name: s.value for s in bench.evaluate(learned + -learned) if s.model == "patched"}
     assert 0.01 < half["forget_nll"] < whole["forget_nll"]
     assert none["forget_accuracy"] >= 0.99
+
+
+def test_the_recorded_means_over_five_seeds_reach_the_targets():
+    record = json.loads((ROOT / "results" / "demo.json").read_text(encoding="utf-8"))
+    base = {score["name"]: score["value"] for score in record["base"]}
+    means = {k: v["mean"] for k, v in record["objectives"]["cosine-rmu"].items()}
+    assert {run["seed"] for run in record["runs"]["cosine-rmu"]} == {0, 1, 2, 3, 4}
+    assert means["forget_accuracy"] <= 0.30
+    assert means["retain_accuracy"] >= base["retain_accuracy"] - 0.01
+    assert means["perplexity"] <= 1.02 * base["perplexity"]
+
+
+def test_the_record_is_of_these_settings_and_this_world():
+    record = json.loads((ROOT / "results" / "demo.json").read_text(encoding="utf-8"))
+    for name, changes in OBJECTIVES.items():
+        for run in record["runs"][name]:
+            recipe = run["provenance"]["recipe"]
+            assert all(recipe[key] == value for key, value in changes.items())
+            assert recipe["steps"] == demo_recipe(ROOT).steps

@@ -549,7 +549,9 @@ def test_demo_leaves_a_run_directory_for_each_run(cli, tmp_path):
 # ---- help
 
 
-@pytest.mark.parametrize("command", ["run", "demo", "apply", "eval", "plan", "ls", "show"])
+@pytest.mark.parametrize(
+    "command", ["run", "demo", "apply", "export", "eval", "plan", "ls", "show"]
+)
 def test_help_describes_every_option(cli, command):
     result = cli(command, "--help")
     assert result.code == 0

@@ -8,7 +8,7 @@ import pytest
 
 from expunge.data.sources import read_questions, read_texts
 from expunge.data.splits import find_overlap, separate, split_by_content
-from expunge.data.tokens import check_vocabulary, collate, encode, pad_id, too_short
+from expunge.data.tokens import check_vocabulary, encode, too_short
 from expunge.errors import DataError, ModelError
 
 SHARED = Path(__file__).parents[3] / "shared"
@@ -107,8 +107,6 @@ def test_real_tokenizers(name: str) -> None:
         assert one.ids[0] == tokenizer.bos_token_id
         answer = tokenizer.decode(one.ids[one.prompt_tokens :])
         assert answer.strip() == text.text[text.prompt_chars :].strip()
-    batch = collate(encoded, pad_id=pad_id(tokenizer))
-    assert batch.mask_BT.sum() == sum(len(one.ids) for one in encoded)
     check_vocabulary(tokenizer, len(tokenizer))
     with pytest.raises(ModelError, match=f"a model of {len(tokenizer) - 1} ids"):
         check_vocabulary(tokenizer, len(tokenizer) - 1)

@@ -1,11 +1,10 @@
-"""Token ids, prompt lengths at hard boundaries, batches and their order."""
+"""Token ids, prompt lengths at hard boundaries, the order of batches."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -15,9 +14,7 @@ from expunge.data.text import Text
 from expunge.data.tokens import (
     Encoded,
     check_vocabulary,
-    collate,
     encode,
-    pad_id,
     too_short,
     training_batches,
 )
@@ -101,55 +98,6 @@ def test_max_tokens_out_of_range(max_tokens: int) -> None:
     with pytest.raises(RecipeError, match="max_tokens is out of range") as caught:
         encode([Text("a")], tokenizer(), max_tokens=max_tokens)
     assert caught.value.got == str(max_tokens)
-
-
-THREE = [Encoded((1, 2), 0, False), Encoded((3, 4, 5), 1, False), Encoded((6,), 0, False)]
-
-
-def test_collate() -> None:
-    batch = collate(THREE, pad_id=9)
-    assert batch.input_ids_BT.tolist() == [[1, 2, 9], [3, 4, 5], [6, 9, 9]]
-    assert batch.mask_BT.tolist() == [[True, True, False], [True] * 3, [True, False, False]]
-    assert batch.indices == (0, 1, 2)
-    assert (batch.input_ids_BT.dtype, batch.mask_BT.dtype) == (torch.long, torch.bool)
-
-
-def test_collate_chosen() -> None:
-    batch = collate(THREE, pad_id=0, indices=(2, 0))
-    assert batch.input_ids_BT.tolist() == [[6, 0], [1, 2]]
-    assert batch.indices == (2, 0)
-
-
-def test_padding_is_known_by_length_not_by_id() -> None:
-    batch = collate([Encoded((2, 2), 0, False), Encoded((2, 2, 2), 0, False)], pad_id=2)
-    assert batch.mask_BT.tolist() == [[True, True, False], [True] * 3]
-
-
-def test_split_keeps_the_width() -> None:
-    batch = collate(THREE, pad_id=0)
-    small = list(batch.split(2))
-    assert [one.indices for one in small] == [(0, 1), (2,)]
-    assert all(one.input_ids_BT.shape[1] == 3 for one in small)
-    assert torch.equal(torch.cat([one.input_ids_BT for one in small]), batch.input_ids_BT)
-    assert torch.equal(torch.cat([one.mask_BT for one in small]), batch.mask_BT)
-
-
-def test_to_device() -> None:
-    moved = collate(THREE, pad_id=0).to("meta")
-    assert moved.input_ids_BT.device.type == moved.mask_BT.device.type == "meta"
-    assert moved.indices == (0, 1, 2)
-
-
-def test_collate_nothing() -> None:
-    for encoded, indices in (([], None), (THREE, ())):
-        with pytest.raises(DataError, match="A batch has no text"):
-            collate(encoded, pad_id=0, indices=indices)
-
-
-def test_pad_id() -> None:
-    assert pad_id(tokenizer(pad_token="<pad>", eos_token="</s>")) == 8
-    assert pad_id(tokenizer(eos_token="</s>")) == 1
-    assert pad_id(tokenizer()) == 0
 
 
 def test_check_vocabulary() -> None:

@@ -22,8 +22,9 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from expunge.errors import ModelError, PatchError, ResourceError
 from expunge.model import apply as module
 from expunge.model.apply import apply_patch
-from expunge.model.checkpoint import Checkpoint, fingerprint, open_model
+from expunge.model.checkpoint import Checkpoint, open_model
 from expunge.model.patch import Patch, causal_lm_name
+from expunge.model.shards import fingerprint
 
 LAYERS = 4
 COMMON = {
@@ -125,7 +126,7 @@ def test_tensor_table(tmp_path, shard):
         info = checkpoint.tensors[name]
         assert (info.dtype, info.shape) == (torch.bfloat16, tuple(value.shape))
         assert torch.equal(info.read(), value)
-        assert checkpoint.fingerprint(name) == fingerprint(value, torch.bfloat16)
+        assert checkpoint.tensors[name].fingerprint() == fingerprint(value, torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
@@ -134,9 +135,9 @@ def test_fingerprint_of_a_model_read_wider_is_that_of_the_file(tmp_path, dtype):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     checkpoint = Checkpoint.open(tmp_path)
     wide = checkpoint.tensors["model.w"].read().double()
-    assert checkpoint.fingerprint("model.w") == fingerprint(wide, dtype)
-    assert checkpoint.fingerprint("model.w") != fingerprint(wide + 1, dtype)
-    assert checkpoint.fingerprint("model.w") != fingerprint(wide.T, dtype)
+    assert checkpoint.tensors["model.w"].fingerprint() == fingerprint(wide, dtype)
+    assert checkpoint.tensors["model.w"].fingerprint() != fingerprint(wide + 1, dtype)
+    assert checkpoint.tensors["model.w"].fingerprint() != fingerprint(wide.T, dtype)
 
 
 def test_fingerprint_by_hand():
@@ -317,7 +318,7 @@ def test_truncated_hidden_states_equal_the_whole_model(tmp_path, family, caplog,
         for name, value in model.named_parameters():
             full = causal_lm_name(model, name)
             assert torch.equal(value, names[full]), full
-            on_disk = checkpoint.fingerprint(checkpoint.resolve(full))
+            on_disk = checkpoint.tensors[checkpoint.resolve(full)].fingerprint()
             assert on_disk == fingerprint(value, torch.float32)
 
 

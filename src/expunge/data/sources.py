@@ -31,6 +31,7 @@ from expunge.data.rows import (
 )
 from expunge.data.text import Question, Text
 from expunge.errors import DataError, RecipeError
+from expunge.files import local_path
 
 T = TypeVar("T")
 
@@ -152,7 +153,7 @@ def _read(
 
 def _open(name: str) -> tuple[Iterable[NumberedRow], str]:
     """The rows of a source and its hash."""
-    path = Path(name).expanduser()
+    path = local_path(name)
     suffix = path.suffix.lower()
     if suffix in PICKLES:
         raise DataError(

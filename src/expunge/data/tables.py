@@ -24,7 +24,8 @@ DEFAULT_SPLIT = "train"
 
 def parquet_rows(files: list[Path]) -> Iterator[NumberedRow]:
     """Rows of parquet files, one file after the other, numbered from 1."""
-    import pyarrow.parquet  # type: ignore[import-untyped]  # comes with datasets
+    import pyarrow
+    import pyarrow.parquet
 
     number = 0
     for file in files:
@@ -34,7 +35,8 @@ def parquet_rows(files: list[Path]) -> Iterator[NumberedRow]:
                     for row in batch.to_pylist():
                         number += 1
                         yield number, row
-        except (OSError, ValueError) as error:
+        # A type that Arrow cannot read is neither of the two.
+        except (OSError, ValueError, pyarrow.ArrowNotImplementedError) as error:
             raise DataError(
                 what=f"{file} cannot be read as parquet",
                 got=_first_line(error),
@@ -85,7 +87,7 @@ def hub_rows(name: str) -> Iterator[NumberedRow]:
     path, config, split = [*name.split(":"), "", ""][:3]
     try:
         table = datasets.load_dataset(path, config or None, split=split or None)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
             what=f"{name} cannot be loaded from the Hugging Face hub",
             got=f"{type(error).__name__}: {_first_line(error)}",

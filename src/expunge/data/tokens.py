@@ -1,17 +1,12 @@
-"""Texts → token ids → padded batches, and the order in which training sees them.
-
-Shapes: B texts of a batch, T tokens of its longest text.
-"""
+"""Texts → token ids, and the order in which training sees them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from random import Random
 from typing import Any
-
-import torch
 
 from expunge.data.text import Text
 from expunge.errors import DataError, ModelError, RecipeError
@@ -34,43 +29,6 @@ class Encoded:
     ids: tuple[int, ...]
     prompt_tokens: int
     truncated: bool
-
-
-@dataclass(frozen=True)
-class TokenBatch:
-    """Texts side by side, padded on the right.
-
-    Attributes:
-        input_ids_BT: token ids, int64.
-        mask_BT: true at real tokens, false at padding.
-        indices: which texts, as indices into what was collated; one for each row.
-    """
-
-    input_ids_BT: torch.LongTensor
-    mask_BT: torch.BoolTensor
-    indices: tuple[int, ...]
-
-    def to(self, device: torch.device | str) -> TokenBatch:
-        """The same batch on another device."""
-        return TokenBatch(
-            self.input_ids_BT.to(device),  # type: ignore[arg-type]
-            self.mask_BT.to(device),  # type: ignore[arg-type]
-            self.indices,
-        )
-
-    def split(self, n: int) -> Iterator[TokenBatch]:
-        """Micro-batches of at most ``n`` rows.
-
-        They keep the width of the whole batch, so that a model computes the same numbers for a
-        row in either.
-        """
-        for start in range(0, len(self.indices), n):
-            rows = slice(start, start + n)
-            yield TokenBatch(
-                self.input_ids_BT[rows],  # type: ignore[arg-type]
-                self.mask_BT[rows],  # type: ignore[arg-type]
-                self.indices[rows],
-            )
 
 
 def encode(texts: Sequence[Text], tokenizer: Any, *, max_tokens: int) -> list[Encoded]:
@@ -120,46 +78,6 @@ def too_short(encoded: Sequence[Encoded]) -> dict[int, str]:
             cut = " (cut off at max_tokens)" if one.truncated else ""
             reasons[index] = f"no token after the prompt{cut}"
     return reasons
-
-
-def collate(
-    encoded: Sequence[Encoded], *, pad_id: int, indices: Sequence[int] | None = None
-) -> TokenBatch:
-    """Put texts side by side, padded on the right to the longest.
-
-    Args:
-        encoded: all texts.
-        pad_id: the id under a false mask; any id of the vocabulary will do.
-        indices: which of them, in this order; None: all of them.
-
-    Raises:
-        DataError: no text is given.
-    """
-    chosen = tuple(range(len(encoded)) if indices is None else indices)
-    if not chosen:
-        raise DataError(
-            what="A batch has no text",
-            got="no texts",
-            allowed="at least one text",
-            fix="check that the data set is not empty, and max_tokens not too small",
-        )
-    rows = [encoded[index].ids for index in chosen]
-    width = max(map(len, rows))
-    padded = [[*row, *[pad_id] * (width - len(row))] for row in rows]
-    lengths_B1 = torch.tensor([[len(row)] for row in rows])
-    return TokenBatch(
-        torch.tensor(padded, dtype=torch.long),  # type: ignore[arg-type]
-        torch.arange(width) < lengths_B1,  # type: ignore[arg-type]
-        chosen,
-    )
-
-
-def pad_id(tokenizer: Any) -> int:
-    """The id to pad with: the padding token, else the end token, else 0. Padding is masked."""
-    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return int(token)
-    return 0
 
 
 def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:

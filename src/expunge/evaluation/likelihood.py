@@ -22,6 +22,7 @@ from expunge.data.text import Text
 from expunge.errors import DataError, ResourceError
 from expunge.evaluation.forward import shared_logprobs, shares_context, whole_logprobs
 from expunge.evaluation.prepared import Prepared, Row, prepare, prepare_texts
+from expunge.model.memory import is_out_of_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -69,7 +70,9 @@ def score(
                     totals = whole_logprobs(model, rows)
                 else:
                     totals = shared_logprobs(model, [[row for _, row in job] for job in batch])
-            except torch.OutOfMemoryError as error:
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
                 if len(batch) == 1:
                     raise _out_of_memory(rows, error) from error
                 batch_size = len(rows) // 2

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from expunge.data.sources import Loaded, read_questions, read_texts
@@ -38,57 +38,104 @@ def load_knowledge(settings: DataSettings) -> FunctionData:
     """
     reader = _Reader()
     topics = [reader.texts(source, settings.field) for source in settings.forget]
-    kept_sources = [reader.texts(source, settings.field) for source in settings.retain]
+    sources = {source: reader.texts(source, settings.field) for source in settings.retain}
     questions = reader.questions(settings.questions)
     retain_questions = reader.questions(settings.retain_questions)
-    forget_questions = _halves(questions, settings)
-    kept_questions = _halves(retain_questions, settings)
+    fluent = reader.texts(settings.text, settings.field) if settings.text else None
 
     forgotten = [text for topic in topics for text in topic]
-    kept: list[Splits[Text]] = []
-    for source, texts in zip(settings.retain, kept_sources, strict=True):
-        clean, dropped = separate(forgotten, texts, on_overlap=settings.on_overlap)
-        if dropped:
-            reader.notes.append(f"{source}: {dropped} texts dropped that are forget texts too")
-        kept.append(_thirds(clean, settings))
-    topic_splits = [
-        Splits(train=tuple(topic), validation=(), test=())
-        if questions
-        else _thirds(topic, settings)
-        for topic in topics
+    kept = _split_retain(sources, [*forgotten, *questions], settings, reader.notes)
+    # With questions, they are what is held back.
+    forget = [
+        Splits(tuple(topic), (), ()) if questions else _thirds(topic, settings) for topic in topics
     ]
-    asked = {normalise(question.content) for question in retain_questions}
-    per_source = max(1, settings.max_texts // len(kept))
-    retain: list[Text] = []
-    for source, split in zip(settings.retain, kept, strict=True):
-        unasked = [text for text in split.train if normalise(text.content) not in asked]
-        if len(unasked) < len(split.train):
-            count = len(split.train) - len(unasked)
-            reader.notes.append(f"{source}: {count} texts that answer a retain question held back")
-        retain.extend(_pool(unasked, per_source))
+    retain = _rehearsed(kept, retain_questions, settings, reader.notes)
+    trained_on = {normalise(text.content) for text in (*forgotten, *retain)}
+    documents = _documents(fluent, list(kept.values()), trained_on, reader.notes)
 
-    fluent = reader.texts(settings.text, settings.field) if settings.text else None
+    asked, kept_asked = (_halves(one, settings) for one in (questions, retain_questions))
     measured: dict[Split, Measured] = {}
     for name in ("validation", "test"):
-        held_back = [text for split in kept for text in getattr(split, name)]
-        documents = [text for text in held_back if text.prompt_chars == 0] or held_back
-        if fluent is not None:
-            halves = split_by_content(fluent, train=0.0, validation=0.5, test=0.5, seed=SPLIT_SEED)
-            documents = list(getattr(halves, name))
+        held_back = [text for split in kept.values() for text in getattr(split, name)]
         measured[name] = Measured(
-            forget_questions=getattr(forget_questions, name),
-            retain_questions=getattr(kept_questions, name),
-            forget_texts=_pool([t for s in topic_splits for t in getattr(s, name)], MEASURED_TEXTS),
+            forget_questions=getattr(asked, name),
+            retain_questions=getattr(kept_asked, name),
+            forget_texts=_pool([t for s in forget for t in getattr(s, name)], MEASURED_TEXTS),
             retain_texts=_pool(held_back, MEASURED_TEXTS),
-            perplexity_texts=_pool(documents, MEASURED_TEXTS),
+            perplexity_texts=_pool(getattr(documents, name), MEASURED_TEXTS),
         )
     return FunctionData(
-        forget=tuple(_pool(split.train, settings.max_texts) for split in topic_splits),
-        retain=tuple(retain),
+        forget=tuple(_pool(split.train, settings.max_texts) for split in forget),
+        retain=retain,
         measured=measured,
         notes=tuple(reader.notes),
         hashes=reader.hashes,
     )
+
+
+def _split_retain(
+    sources: Mapping[str, Sequence[Text]],
+    forgotten: Sequence[HasContent],
+    settings: DataSettings,
+    notes: list[str],
+) -> dict[str, Splits[Text]]:
+    """Each retain source split, without forget content and without what an earlier source holds."""
+    kept: dict[str, Splits[Text]] = {}
+    seen: set[str] = set()
+    for source, texts in sources.items():
+        clean, dropped = separate(forgotten, texts, on_overlap=settings.on_overlap)
+        if dropped:
+            notes.append(f"{source}: {dropped} texts dropped that are forget texts too")
+        # Otherwise a text could be trained on from one source and measured from the other.
+        new = [text for text in clean if normalise(text.content) not in seen]
+        if len(new) < len(clean):
+            notes.append(f"{source}: {len(clean) - len(new)} texts dropped that came before")
+        seen.update(normalise(text.content) for text in new)
+        kept[source] = _thirds(new, settings)
+    return kept
+
+
+def _rehearsed(
+    kept: Mapping[str, Splits[Text]],
+    retain_questions: Sequence[Question],
+    settings: DataSettings,
+    notes: list[str],
+) -> tuple[Text, ...]:
+    """Retain texts to train on: none that answers a retain question, as many from each source."""
+    asked = {normalise(question.content) for question in retain_questions}
+    per_source = max(1, settings.max_texts // len(kept))
+    retain: list[Text] = []
+    for source, split in kept.items():
+        unasked = [text for text in split.train if normalise(text.content) not in asked]
+        if len(unasked) < len(split.train):
+            count = len(split.train) - len(unasked)
+            notes.append(f"{source}: {count} texts that answer a retain question held back")
+        retain.extend(_pool(unasked, per_source))
+    return tuple(retain)
+
+
+def _documents(
+    fluent: Sequence[Text] | None,
+    kept: Sequence[Splits[Text]],
+    trained_on: set[str],
+    notes: list[str],
+) -> Splits[Text]:
+    """Texts for perplexity: those given, or plain held-back retain texts; never trained on."""
+    if fluent is not None:
+        unseen = [text for text in fluent if normalise(text.content) not in trained_on]
+        if len(unseen) < len(fluent):
+            count = len(fluent) - len(unseen)
+            notes.append(f"{count} texts for perplexity dropped that are trained on")
+        return split_by_content(unseen, train=0.0, validation=0.5, test=0.5, seed=SPLIT_SEED)
+    held_back = {
+        name: tuple(text for split in kept for text in getattr(split, name))
+        for name in ("validation", "test")
+    }
+    plain = {
+        name: tuple(text for text in texts if text.prompt_chars == 0) or texts
+        for name, texts in held_back.items()
+    }
+    return Splits(train=(), **plain)
 
 
 class _Reader:

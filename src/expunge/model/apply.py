@@ -63,8 +63,8 @@ def apply_patch(
             fix="pass a number",
         )
     checkpoint, out = Checkpoint.open(directory), Path(out)
-    _check_out(checkpoint.directory, out)
-    targets = _verified_targets(checkpoint, patch)
+    check_out(checkpoint.directory, out, what="The patched model")
+    targets = verified_targets(checkpoint, patch)
     files = list(_copied_files(checkpoint))
     total = sum(file.stat().st_size for file in files)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -90,7 +90,8 @@ def apply_patch(
     return out
 
 
-def _check_out(base: Path, out: Path) -> None:
+def check_out(base: Path, out: Path, *, what: str) -> None:
+    """Raise ModelError unless ``out`` is new or empty, and outside the base."""
     real_base, real_out = base.resolve(), out.resolve()
     if real_out == real_base or real_base in real_out.parents:
         got = f"{out}, which is the base model or lies inside it"
@@ -99,14 +100,14 @@ def _check_out(base: Path, out: Path) -> None:
     else:
         return
     raise ModelError(
-        what="The patched model needs a directory of its own",
+        what=f"{what} needs a directory of its own",
         got=got,
         allowed="a new or empty directory outside the base model",
         fix="choose another output directory (-o), or remove the old one first",
     )
 
 
-def _verified_targets(checkpoint: Checkpoint, patch: Patch) -> dict[str, list[TensorInfo]]:
+def verified_targets(checkpoint: Checkpoint, patch: Patch) -> dict[str, list[TensorInfo]]:
     """Patch name -> the tensors on disk to change, after checking that they are the base's."""
     targets = {}
     for name, base in patch.base.items():

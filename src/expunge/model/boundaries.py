@@ -10,6 +10,7 @@ Shapes: N stored tokens, B batch, T tokens, I projection input, D hidden size.
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ from expunge.model.segment import Boundary, Segment
 
 # Tokens that go through the prefix together: enough to keep matrix products busy.
 GROUP_TOKENS = {"cpu": 2048, "cuda": 16384}
+# The process number that follows tells whether such a folder is still in use.
+SPILL_PREFIX = ".expunge-boundaries-"
 
 Storage = Literal["ram", "file"]
 
@@ -188,7 +191,9 @@ class BoundaryStore:
         )
         if self.spill_directory is not None:
             self.spill_directory.mkdir(parents=True, exist_ok=True)
-        self._folder = tempfile.TemporaryDirectory(prefix="boundaries-", dir=self.spill_directory)
+        self._folder = tempfile.TemporaryDirectory(
+            prefix=f"{SPILL_PREFIX}{os.getpid()}-", dir=self.spill_directory
+        )
         folder = Path(self._folder.name)
         self._check_room(folder, total)
         self._arrays = [

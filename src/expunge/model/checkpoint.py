@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,10 @@ import torch
 
 from expunge.data.tokens import check_vocabulary
 from expunge.errors import ModelError, ResourceError
-from expunge.model.patch import BaseTensor, causal_lm_name
-from expunge.model.shards import (
-    TensorInfo,
-    fingerprint,
-    read_json,
-    read_tensors,
-)
-
-__all__ = ["Checkpoint", "causal_lm_name", "fingerprint", "open_model"]
+from expunge.files import local_path
+from expunge.model.memory import is_out_of_memory
+from expunge.model.patch import BaseTensor
+from expunge.model.shards import TensorInfo, read_json, read_tensors
 
 DOWNLOADED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*"]
 
@@ -46,18 +42,54 @@ class Checkpoint:
 
         Raises ModelError if there is no causal LM stored in whole safetensors files.
         """
-        path = Path(directory)
+        path = local_path(directory)
         if not path.is_dir():
             path = _download(str(directory))
         config = read_json(path / "config.json", "a model directory has a config.json")
         _check_causal_lm(path, config)
         return cls(path, config, read_tensors(path))
 
+    @cached_property
+    def text_config(self) -> Any:
+        """The config of the text part, under transformers' names whatever the file calls them.
+
+        A model with code of its own has no such names: there, the file's are taken as they are.
+        """
+        from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
+
+        kind = AutoConfig if self.config.get("model_type") in CONFIG_MAPPING else PretrainedConfig
+        with _load_errors(self.directory, "config"):
+            whole = kind.from_pretrained(self.directory, local_files_only=True)
+            return whole.get_text_config(decoder=True)
+
     @property
     def n_layers(self) -> int:
-        """Number of decoder layers, from the config (of the text part, where there are several)."""
-        text = self.config.get("text_config", self.config)
-        return int(text.get("num_hidden_layers") or text.get("n_layer") or text["num_layers"])
+        """Number of decoder layers. Raises ModelError if the config does not say."""
+        return self._size("num_hidden_layers")
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the residual stream. Raises ModelError if the config does not say."""
+        return self._size("hidden_size")
+
+    @property
+    def intermediate_size(self) -> int:
+        """Input width of the layers' last projection; where the config does not say, the usual."""
+        names = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner")
+        sizes = (getattr(self.text_config, name, None) for name in names)
+        usual = self.hidden_size * getattr(self.text_config, "expansion_ratio", 4)
+        return int(next((size for size in sizes if isinstance(size, int)), usual))
+
+    def _size(self, name: str) -> int:
+        size = getattr(self.text_config, name, None)
+        if not isinstance(size, int) or size < 1:
+            raise ModelError(
+                what=f"The config of {self.directory} does not say how large the model is",
+                got=f"{name} {size!r}, model_type {self.config.get('model_type')!r}",
+                allowed=f"a config with {name}",
+                fix="save the model again with save_pretrained",
+            )
+        return size
 
     def resolve(self, parameter_name: str) -> str:
         """The name on disk of a loaded causal LM's parameter.
@@ -87,10 +119,6 @@ class Checkpoint:
             fix="train tensors that are stored as they are (no merged experts, no tied copy), "
             "or save the model again with save_pretrained",
         )
-
-    def fingerprint(self, name: str) -> str:
-        """Fingerprint of a tensor, by its name on disk; reads only that tensor."""
-        return self.tensors[name].fingerprint()
 
     def base_tensors(self, parameter_names: Iterable[str]) -> dict[str, BaseTensor]:
         """What a `Patch` needs to know of the originals, by their causal-LM names."""
@@ -258,18 +286,23 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _load_errors(path: Path, part: str) -> Iterator[None]:
+    from huggingface_hub.errors import StrictDataclassError
+
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise ResourceError(
-            what=f"The {part} of {path} does not fit into memory",
-            got=str(error),
-            allowed="room for the weights in the chosen dtype",
-            fix="use bfloat16, fewer layers, or a larger device",
-        ) from error
-    # What transformers raises for missing files, bad JSON, unknown types, shapes that do not
-    # fit, and for packages that a model asks for.
-    except (OSError, ValueError, RuntimeError, LookupError, TypeError, ImportError) as error:
+    # What transformers raises for missing files, bad JSON, unknown types, fields of another kind,
+    # shapes that do not fit, and for packages that a model asks for.
+    except (
+        *(OSError, ValueError, RuntimeError, LookupError, TypeError, ImportError),
+        *(AttributeError, MemoryError, StrictDataclassError),
+    ) as error:
+        if is_out_of_memory(error):
+            raise ResourceError(
+                what=f"The {part} of {path} does not fit into memory",
+                got=str(error),
+                allowed="room for the weights in the chosen dtype",
+                fix="use bfloat16, fewer layers, or a larger device",
+            ) from error
         raise ModelError(
             what=f"The {part} of {path} cannot be loaded",
             got=f"{type(error).__name__}: {str(error)[:500]}",

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -276,9 +277,15 @@ class Patch:
             raw = json.loads(header["base"])
             base = {name: BaseTensor.from_dict(tensor) for name, tensor in raw.items()}
             metadata = json.loads(header["metadata"])
+            if not isinstance(metadata, dict):
+                raise TypeError(f"a {type(metadata).__name__} where an object is expected")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise _unreadable(path, f"damaged metadata ({error})") from error
-        return cls(load_file(path), base, metadata)
+        try:
+            deltas = load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise _unreadable(path, str(error)) from error
+        return cls(deltas, base, metadata)
 
 
 def causal_lm_name(model: nn.Module, name: str) -> str:

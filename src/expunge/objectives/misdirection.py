@@ -22,8 +22,9 @@ _ADAPTIVE_SCALES = ("per-sample", "first-batch")
 @objective(
     "rmu",
     source="arXiv:2403.03218 v7; repository centerforaisafety/wmdp",
-    deviations="topics alternate by step; the first token is left out of the forget term unless "
-    "count_first_token says otherwise",
+    deviations="the rate decays linearly to zero (lr_schedule=constant is the source's); no weight "
+    "decay unless weight_decay says so; the forget term leaves out the first token "
+    "(first_token=both counts it)",
     needs=Activations(),
     retain_weight=1200.0,
 )

@@ -22,8 +22,10 @@ class Targets:
         kind: ``positive``: uniform in [0, 1)^D, normalised (RMU, arXiv:2403.03218), so all
             directions share the positive orthant; ``centered``: normal, normalised;
             ``per-token``: centered, one for each token id, after TAR's random mapping (repository
-            rishub-tamirisa/tamper-resistance). A cosine toward a centered vector did not converge
-            on Llama-3-8B in the circuit-breaker ablation (arXiv:2406.04313), hence the default.
+            rishub-tamirisa/tamper-resistance). Each objective names its own default. A cosine
+            toward a centered vector did not converge on Llama-3-8B in the circuit-breaker ablation
+            (arXiv:2406.04313); in our own runs it did, and did better (LOG.md), so cosine-rmu's
+            default is centered.
         seed: of the run; each topic and token id has a generator of its own derived from it.
         hidden_size: D.
     """

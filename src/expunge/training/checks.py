@@ -23,6 +23,11 @@ def check_moved(
         )
 
 
+def is_finite(weights: Mapping[str, Tensor]) -> bool:
+    """Whether no weight is NaN or infinite."""
+    return all(bool(torch.isfinite(weight).all()) for weight in weights.values())
+
+
 def check_finite(weights: Mapping[str, Tensor]) -> None:
     """Raise TrainingError for a weight with NaN or infinity."""
     for name, weight in weights.items():

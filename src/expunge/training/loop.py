@@ -24,7 +24,7 @@ from expunge.model.segment import Segment
 from expunge.objectives.base import Captured, Loss, Objective
 from expunge.objectives.retain import add_noise
 from expunge.objectives.targets import TargetKind, Targets
-from expunge.training.checks import check_finite, check_moved, check_varies
+from expunge.training.checks import check_finite, check_moved, check_varies, is_finite
 from expunge.training.log import StepLog, append_step, read_losses, write_losses
 from expunge.training.state import Optimiser, TrainingState
 from expunge.training.tradeoff import Tradeoff
@@ -337,7 +337,8 @@ class Trainer:
         # The log first, whole: it may be ahead of the state, never behind.
         if stage.losses is not None:
             write_losses(stage.losses, log)
-        if stage.state is not None:
+        # A loss tells of a broken update one step late: what is saved must be worth going on with.
+        if stage.state is not None and is_finite(optimiser.weights):
             TrainingState(
                 step=len(log),
                 weights=optimiser.weights,

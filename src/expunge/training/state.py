@@ -55,21 +55,21 @@ class TrainingState:
             with safe_open(str(path), framework="pt") as file:
                 facts = json.loads(file.metadata()["state"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            return cls(
+                step=int(facts["step"]),
+                weights=_under(tensors, "weights/"),
+                optimiser=_under(tensors, "optimiser/"),
+                first_norm={int(layer): norm for layer, norm in facts["first_norm"].items()},
+                micro_batch_size=int(facts["micro_batch_size"]),
+                context=str(facts["context"]),
+            )
+        except (SafetensorError, AttributeError, OSError, KeyError, TypeError, ValueError) as error:
             raise TrainingError(
                 what=f"The saved state {path.name} of this run cannot be read",
                 got=f"{type(error).__name__}: {error}",
                 allowed="the file that an interrupted run left behind",
                 fix="start again with --fresh",
             ) from error
-        return cls(
-            step=facts["step"],
-            weights=_under(tensors, "weights/"),
-            optimiser=_under(tensors, "optimiser/"),
-            first_norm={int(layer): norm for layer, norm in facts["first_norm"].items()},
-            micro_batch_size=facts["micro_batch_size"],
-            context=facts["context"],
-        )
 
 
 def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
