@@ -21,7 +21,7 @@ from expunge.records import RunRecord, Score
 # (benchmarks/demo_settings.py). RMU's published coefficient and retain weight belong to 7B models:
 # with them nothing is forgotten here (LOG.md).
 OBJECTIVES: dict[str, dict[str, Any]] = {
-    "cosine-rmu": {"lr": 0.01},
+    "cosine-rmu": {"lr": 0.005, "retain_weight": 3.0},
     "rmu": {"lr": 0.005, "retain_weight": 5.0, "objective_settings": {"coefficient": 100.0}},
     "adaptive-rmu": {"lr": 0.005, "retain_weight": 20.0},
 }
