@@ -44,9 +44,9 @@ def print_demo(console: Console, summary: DemoSummary) -> None:
     """Objectives side by side, mean ± standard deviation over seeds, base and oracle beside."""
     from expunge.demo import NAMES
 
-    n = max(len(records) for records in summary.runs.values())
-    table = Table(title=f"Hazard knowledge on the miniature, {n} seeds, mean ± sd")
-    for column in ("score", "base", *summary.runs, "retrained oracle"):
+    table = Table(title="Hazard knowledge on the miniature, mean ± sd over seeds")
+    runs = [f"{name} ({len(records)} seeds)" for name, records in summary.runs.items()]
+    for column in ("score", "base", *runs, "retrained oracle"):
         table.add_column(column, justify="left" if column == "score" else "right")
     sides = [{s.name: s for s in scores} for scores in (summary.base, summary.oracle)]
     for name in NAMES:
