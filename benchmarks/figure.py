@@ -44,7 +44,7 @@ def main() -> None:
     labels = ["base", *demo["runs"], "retrained oracle"]
     # The same bytes for the same numbers.
     mpl.rcParams.update({"svg.hashsalt": "expunge", "font.size": 9, "font.family": "sans-serif"})
-    figure, axes = plt.subplots(1, len(PANELS), figsize=(10, 2.4), sharey=True)
+    figure, axes = plt.subplots(1, len(PANELS), figsize=(10, 2.9), sharey=True)
     for axis, (name, title) in zip(axes, PANELS.items(), strict=True):
         for place, row in enumerate(rows):
             found = values(demo, row, name)
