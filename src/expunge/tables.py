@@ -47,7 +47,9 @@ def print_demo(console: Console, summary: DemoSummary) -> None:
     table = Table(title="Hazard knowledge on the miniature, mean ± sd over seeds")
     runs = [f"{name} ({len(records)} seeds)" for name, records in summary.runs.items()]
     for column in ("score", "base", *runs, "retrained oracle"):
-        table.add_column(column, justify="left" if column == "score" else "right")
+        table.add_column(
+            column, justify="left" if column == "score" else "right", no_wrap=column == "score"
+        )
     sides = [{s.name: s for s in scores} for scores in (summary.base, summary.oracle)]
     for name in NAMES:
         cells = [_spread(summary, objective, name) for objective in summary.runs]
@@ -126,7 +128,9 @@ def _scores_table(title: str, scores: Sequence[Score]) -> Table:
     table = Table(title=Text(title))
     roles = [role for role in ROLES if any(score.model == role for score in scores)]
     for column in ("score", *roles, "n", "split"):
-        table.add_column(column, justify="left" if column == "score" else "right")
+        table.add_column(
+            column, justify="left" if column == "score" else "right", no_wrap=column == "score"
+        )
     for name in dict.fromkeys(score.name for score in scores):
         by_role = {score.model: score for score in scores if score.name == name}
         first = next(iter(by_role.values()))
