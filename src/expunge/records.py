@@ -37,6 +37,8 @@ class Score:
         unit: ``fraction``, ``nats/token`` or ``perplexity``.
         chance: what guessing reaches, where that is known.
         reason: why there is no value.
+        scorer: what judged the texts, for scores that rest on a judgement.
+        prompts: the set of prompts that was continued, for scores of continuations.
     """
 
     name: str
@@ -50,6 +52,8 @@ class Score:
     unit: str = "fraction"
     chance: float | None = None
     reason: str | None = None
+    scorer: str | None = None
+    prompts: str | None = None
 
 
 @dataclass(frozen=True)

@@ -55,3 +55,33 @@ class Question:
     def chance(self) -> float:
         """Accuracy of guessing."""
         return 1 / len(self.choices)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two wordings of one content.
+
+    Attributes:
+        toxic, neutral: whole texts, without special tokens.
+    """
+
+    toxic: str
+    neutral: str
+
+    @property
+    def content(self) -> str:
+        """The toxic wording: its other paraphrases belong to the same split."""
+        return self.toxic
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A text of one of two classes."""
+
+    text: str
+    toxic: bool
+
+    @property
+    def content(self) -> str:
+        """The text alone: one text under two labels is still one text."""
+        return self.text

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from expunge.data.text import Question, Text
+from expunge.data.text import Labelled, Pair, Question, Text
 from expunge.records import Split
 from expunge.registry import Registry
 
@@ -15,8 +15,11 @@ from expunge.registry import Registry
 class DataSettings:
     """Where the data is and how it is divided; the data part of a recipe."""
 
-    forget: tuple[str, ...]
-    retain: tuple[str, ...]
+    forget: tuple[str, ...] = ()
+    retain: tuple[str, ...] = ()
+    pairs: str | None = None
+    labelled: str | None = None
+    prompts: str | None = None
     questions: str | None = None
     retain_questions: str | None = None
     text: str | None = None
@@ -36,6 +39,8 @@ class Measured:
     forget_texts: tuple[Text, ...] = ()
     retain_texts: tuple[Text, ...] = ()
     perplexity_texts: tuple[Text, ...] = ()
+    prompts: Mapping[str, tuple[Text, ...]] = field(default_factory=dict)
+    pairs: tuple[Pair, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,9 @@ class FunctionData:
     Attributes:
         forget: training texts, a tuple for each topic.
         retain: training texts to keep.
+        contrast: training texts of the other class, for probes.
+        paired: whether ``contrast[i]`` is the other wording of ``forget[0][i]``.
+        labelled: training texts of both classes, for scorers fitted on the run's own data.
         measured: validation (for choices) and test (touched once), disjoint.
         notes: what was left out and why, for the user.
         hashes: source -> SHA-256 of its content.
@@ -53,6 +61,9 @@ class FunctionData:
     forget: tuple[tuple[Text, ...], ...]
     retain: tuple[Text, ...]
     measured: Mapping[Split, Measured]
+    contrast: tuple[Text, ...] = ()
+    paired: bool = False
+    labelled: tuple[Labelled, ...] = ()
     notes: tuple[str, ...] = ()
     hashes: Mapping[str, str] = field(default_factory=dict)
 
