@@ -18,8 +18,9 @@ import expunge
 
 # A room is a module or a package directly under expunge.
 ROOMS = (
-    "cli tables demo jobs plan measure run workbench learning measuring recipe "
-    "functions evaluation training defaults model objectives data miniature "
+    "cli console tables demo jobs plan measure run workbench measuring editing learning cuts steering "
+    "published recipe functions edits probes evaluation training defaults model objectives data "
+    "miniature "
     "provenance progress records registry masked files errors"
 ).split()
 

@@ -5,12 +5,9 @@ Results go to standard output, everything else to standard error; ``--json`` pri
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -20,11 +17,10 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 import typer
-from rich.console import Console
 
-from expunge.errors import ExpungeError, RecipeError, ResourceError
+from expunge import console
+from expunge.errors import ExpungeError, ResourceError
 from expunge.files import disk_errors
-from expunge.registry import nearest
 
 INTERRUPTED = 130
 
@@ -34,9 +30,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-stderr = Console(stderr=True)
-stdout = Console()
-
 # What every mistake in the words of a command line is to typer, old or new.
 UsageError: type[Any] = typer.BadParameter.__mro__[1]
 
@@ -70,7 +63,7 @@ def run(
     ] = None,
     objective: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Objective; default: the function's own."),
+        typer.Option(metavar="NAME", help="Objective or edit; default: the function's own."),
     ] = None,
     forget: Annotated[
         list[str] | None,
@@ -79,6 +72,26 @@ def run(
     retain: Annotated[
         list[str] | None,
         typer.Option(metavar="FILE", help="Texts to keep; repeat for several sources."),
+    ] = None,
+    pairs: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Toxic texts with their neutral wordings."),
+    ] = None,
+    labelled: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Texts labelled toxic or neutral, where none is paired."),
+    ] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Prompts to be continued, beside held-back openings."),
+    ] = None,
+    scorer: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="What judges continuations, at least two: tfidf[:FILE], words[:FILE], hf:DIR, "
+            "detoxify, perspective; default: tfidf and words, from the run's own training texts.",
+        ),
     ] = None,
     questions: Annotated[
         str | None, typer.Option(metavar="FILE", help="Questions on what is forgotten.")
@@ -119,10 +132,11 @@ def run(
 ) -> None:
     """Learn a patch and measure it.
 
-    Settings come from a recipe, from flags, or both; model, forget and retain
-    have no default. The same command goes on with a run that was interrupted.
+    Settings come from a recipe, from flags, or both; model, retain and what is
+    to be forgotten have no default: --forget for knowledge, --pairs or --labelled
+    for toxicity. The same command goes on with a run that was interrupted.
     """
-    with _resumable():
+    with console.resumable():
         from expunge.recipe import Recipe, merge_overrides, read_settings
         from expunge.run import run as run_recipe
 
@@ -132,31 +146,37 @@ def run(
             "objective": objective,
             "forget": forget or None,
             "retain": retain or None,
+            "pairs": pairs,
+            "labelled": labelled,
+            "prompts": prompts,
+            "scorers": scorer or None,
             "questions": questions,
             "retain_questions": retain_questions,
             "text": text,
-            "layer": _number(layer),
+            "layer": console.number(layer),
             "steps": steps,
-            "lr": _number(lr),
+            "lr": console.number(lr),
             "seed": seed,
             "oracle": oracle,
         }
         if batch_size is not None:
             automatic = batch_size == "auto"
             flags |= (
-                {"micro_batch_size": "auto"} if automatic else {"batch_size": _number(batch_size)}
+                {"micro_batch_size": "auto"}
+                if automatic
+                else {"batch_size": console.number(batch_size)}
             )
         written = {} if recipe is None else read_settings(recipe)
         given = {key: value for key, value in flags.items() if value is not None}
         chosen = Recipe.build(merge_overrides({**written, **given}, settings or []))
-        record = run_recipe(chosen, out, progress=_progress(), fresh=fresh)
+        record = run_recipe(chosen, out, progress=console.progress(), fresh=fresh)
     if as_json:
-        _print_json({"out": str(out), **record.to_dict()})
+        console.print_json({"out": str(out), **record.to_dict()})
     else:
         from expunge.tables import print_record
 
-        print_record(stdout, record)
-        stderr.print(f"run directory: {out}", markup=False, highlight=False, soft_wrap=True)
+        print_record(console.stdout, record)
+        console.stderr.print(f"run directory: {out}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -175,15 +195,15 @@ def demo(
     Needs neither network nor data. The same command goes on with a demo that
     was interrupted.
     """
-    with _resumable(), disk_errors(out):
+    with console.resumable(), disk_errors(out):
         from expunge.demo import demo as run_demo
         from expunge.tables import print_demo
 
-        summary = run_demo(out, seeds=seeds, progress=_progress(), fresh=fresh)
+        summary = run_demo(out, seeds=seeds, progress=console.progress(), fresh=fresh)
     if as_json:
-        _print_json(summary.to_dict())
+        console.print_json(summary.to_dict())
     else:
-        print_demo(stdout, summary)
+        print_demo(console.stdout, summary)
 
 
 @app.command()
@@ -204,8 +224,8 @@ def apply(
     from expunge.model.apply import apply_patch
     from expunge.model.patch import Patch
 
-    learned = Patch.load(_patch_path(patch))
-    with _progress().phase("apply", 1) as advance, disk_errors(out):
+    learned = Patch.load(console.patch_path(patch))
+    with console.progress().phase("apply", 1) as advance, disk_errors(out):
         told = 0
 
         def tell(done: int, total: int) -> None:
@@ -214,7 +234,7 @@ def apply(
             told = done
 
         apply_patch(learned, model, out, scale=scale, on_progress=tell)
-    _result(as_json, {"out": str(out), "tensors": list(learned.names), "scale": scale})
+    console.result(as_json, {"out": str(out), "tensors": list(learned.names), "scale": scale})
 
 
 @app.command()
@@ -242,16 +262,18 @@ def export(
     from expunge.model.patch import Patch
     from expunge.tables import print_export
 
-    learned, base = Patch.load(_patch_path(patch)), Checkpoint.open(model)
+    learned, base = Patch.load(console.patch_path(patch)), Checkpoint.open(model)
     check_out(base.directory, out, what="The adapter")
     verified_targets(base, learned)
     is_conv1d = base.config.get("model_type") in CONV1D_TYPES
     with disk_errors(out):
         made = to_peft(learned, out, rank=rank, base_model=model, fan_in_fan_out=is_conv1d)
     if as_json:
-        _print_json({"out": str(out), "errors": made.errors, "total_error": made.total_error})
+        console.print_json(
+            {"out": str(out), "errors": made.errors, "total_error": made.total_error}
+        )
     else:
-        print_export(stdout, made)
+        print_export(console.stdout, made)
 
 
 @app.command("eval")
@@ -289,21 +311,21 @@ def evaluate(
 
     scores = measure(
         model,
-        patch=None if patch is None else _patch_path(patch),
+        patch=None if patch is None else console.patch_path(patch),
         questions=questions,
         text=text,
         max_tokens=max_tokens,
         device=device,
         dtype=dtype,
         trust_remote_code=trust_remote_code,
-        progress=_progress(),
+        progress=console.progress(),
     )
     if as_json:
         from dataclasses import asdict
 
-        _print_json({"model": model, "scores": [asdict(score) for score in scores]})
+        console.print_json({"model": model, "scores": [asdict(score) for score in scores]})
     else:
-        print_scores(stdout, scores)
+        print_scores(console.stdout, scores)
 
 
 @app.command()
@@ -327,12 +349,17 @@ def plan(
     from expunge.tables import print_plan
 
     made = make_plan(
-        model, layer=_number(layer), steps=steps, batch_size=batch_size, tokens=tokens, dtype=dtype
+        model,
+        layer=console.number(layer),
+        steps=steps,
+        batch_size=batch_size,
+        tokens=tokens,
+        dtype=dtype,
     )
     if as_json:
-        _print_json(made.to_dict())
+        console.print_json(made.to_dict())
     else:
-        print_plan(stdout, made)
+        print_plan(console.stdout, made)
 
 
 @app.command("ls")
@@ -342,34 +369,36 @@ def list_(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """List the runs under a folder; without one, the objectives and functions there are."""
+    """List the runs under a folder; without one, the objectives, edits and functions there are."""
     from expunge import tables
+    from expunge.edits import EDITS
     from expunge.functions import FUNCTIONS
     from expunge.objectives import OBJECTIVES
     from expunge.records import find_records
     from expunge.registry import Entry
 
     if directory is not None:
-        progress = _progress()
+        progress = console.progress()
         records = find_records(directory, lambda error: progress.say(f"left out: {error}"))
         if as_json:
-            _print_json({"runs": [{"run": str(p), **r.to_dict()} for p, r in records]})
+            console.print_json({"runs": [{"run": str(p), **r.to_dict()} for p, r in records]})
         else:
-            tables.print_runs(stdout, records)
+            tables.print_runs(console.stdout, records)
         return
     parts: dict[str, list[Entry[Any]]] = {
         "objectives": list(OBJECTIVES),
+        "edits": list(EDITS),
         "functions": list(FUNCTIONS),
     }
     if as_json:
-        _print_json(
+        console.print_json(
             {
                 kind: [{"name": e.name, "source": e.source, "deviations": e.deviations} for e in es]
                 for kind, es in parts.items()
             }
         )
     else:
-        tables.print_parts(stdout, parts)
+        tables.print_parts(console.stdout, parts)
 
 
 @app.command()
@@ -385,29 +414,29 @@ def show(
     if path.suffix == ".safetensors":
         learned = Patch.load(path)
         if as_json:
-            _print_json(
+            console.print_json(
                 {"norm": learned.norm(), "tensors": list(learned.names), **learned.metadata}
             )
         else:
-            tables.print_patch(stdout, learned)
+            tables.print_patch(console.stdout, learned)
         return
     record = RunRecord.load(path)
     if as_json:
-        _print_json(record.to_dict())
+        console.print_json(record.to_dict())
     else:
-        tables.print_record(stdout, record)
+        tables.print_record(console.stdout, record)
 
 
 def main() -> NoReturn:
     """Entry point: errors of the user without a traceback, each kind with its exit code."""
     # A scheduler's polite stop is an interruption like Ctrl-C: state is saved, nothing is lost.
-    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGTERM, console.interrupt)
     try:
         code = app(args=sys.argv[1:] or ["--help"], standalone_mode=False)
     except ExpungeError as error:
-        _fail(error)
+        console.fail(error)
     except UsageError as error:
-        _fail(_as_recipe_error(error))
+        console.fail(console.as_recipe_error(error))
     # typer may turn the first into the second, or into the exit code 130.
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(INTERRUPTED)
@@ -416,7 +445,7 @@ def main() -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except OSError as error:
-        _fail(
+        console.fail(
             ResourceError(
                 what="A file or folder cannot be used",
                 got=f"{error.strerror}: {error.filename}",
@@ -425,85 +454,6 @@ def main() -> NoReturn:
             )
         )
     sys.exit(code if isinstance(code, int) else 0)
-
-
-def _fail(error: ExpungeError) -> NoReturn:
-    stderr.print("[bold red]error:[/] ", end="")
-    stderr.print(str(error), markup=False, highlight=False, soft_wrap=True)
-    sys.exit(error.exit_code)
-
-
-def _as_recipe_error(error: Any) -> RecipeError:
-    """A mistake in the words of the command line, told in four parts."""
-    command = error.ctx.command_path if error.ctx is not None else "expunge"
-    names = []
-    if error.ctx is not None:
-        commands = getattr(error.ctx.command, "commands", {})
-        flags = [flag for param in error.ctx.command.params for flag in param.opts if "-" in flag]
-        names = [*commands, *([] if commands else flags)]
-    parameter = getattr(error, "param", None)
-    if parameter is not None:
-        allowed = f"{', '.join(parameter.opts)}: {parameter.help}"
-    else:
-        allowed = ", ".join(names) or f"see `{command} --help`"
-    unknown = getattr(error, "option_name", "") or " ".join(sys.argv[1:2])
-    is_misspelt = hasattr(error, "possibilities") or "No such" in error.format_message()
-    return RecipeError(
-        what=f"The command line of `{command}` cannot be used",
-        got=error.format_message(),
-        allowed=allowed,
-        fix=nearest(unknown, names) if is_misspelt else f"see `{command} --help`",
-    )
-
-
-@contextmanager
-def _resumable() -> Iterator[None]:
-    try:
-        yield
-    except KeyboardInterrupt:
-        stderr.print("interrupted; the same command goes on where it stopped")
-        raise
-
-
-def _interrupt(_signal: int, _frame: Any) -> NoReturn:
-    raise KeyboardInterrupt
-
-
-def _progress() -> Any:
-    from expunge.progress import Bars
-
-    return Bars(stderr)
-
-
-def _number(text: str | None) -> int | float | str | None:
-    """A flag that is a number or a word; the recipe's validation judges it."""
-    if text is None:
-        return None
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
-
-
-def _patch_path(path: Path) -> Path:
-    from expunge.run import PATCH_NAME
-
-    return path / PATCH_NAME if path.is_dir() else path
-
-
-def _print_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def _result(as_json: bool, value: dict[str, Any]) -> None:
-    if as_json:
-        _print_json(value)
-    else:
-        for key, item in value.items():
-            shown = ", ".join(item) if isinstance(item, list) else item
-            stdout.print(f"{key}: {shown}", markup=False, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -54,14 +54,19 @@ def resolve_layers(
     layer = default_layer(n_layers) if layer == "auto" else layer
     check_layer(layer, n_layers)
     found = default_trained(layer, n_layers) if trained is None else tuple(trained)
-    if not found or min(found) < 0 or max(found) > layer:
+    return check_trained(found, layer), layer
+
+
+def check_trained(trained: Sequence[int], layer: int) -> tuple[int, ...]:
+    """The trained layers. Raises RecipeError unless they lie at or below the deepest one read."""
+    if not trained or min(trained) < 0 or max(trained) > layer:
         raise RecipeError(
             what="The trained layers do not fit the layer that is read",
-            got=f"trained_layers {list(found)}, layer {layer}",
+            got=f"trained_layers {list(trained)}, layer {layer}",
             allowed=f"one layer or more from 0 to {layer}",
             fix="raise --layer, or set trained_layers to lower ones",
         )
-    return found, layer
+    return tuple(trained)
 
 
 def fitting_tokens(max_tokens: int, config: Mapping[str, Any]) -> int:

@@ -6,7 +6,7 @@ Runs share the opened base and its boundaries; each leaves a patch.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -14,28 +14,28 @@ from typing import Any
 
 import torch
 
-from expunge.data.text import Text
-from expunge.data.tokens import encode, too_short
-from expunge.defaults import default_lr, fitting_tokens, resolve_layers
+from expunge.cuts import Cut, Tokens, Where, cut_with_stores
+from expunge.defaults import check_trained, default_lr, resolve_layers
+from expunge.edits import EDITS
 from expunge.errors import DataError, RecipeError
-from expunge.files import local_path
 from expunge.functions import FUNCTIONS
 from expunge.functions.base import FunctionData
-from expunge.model.boundaries import BoundaryStore
 from expunge.model.checkpoint import Checkpoint
 from expunge.model.patch import Patch, causal_lm_name
-from expunge.model.segment import Segment
+from expunge.model.segment import LOGPROBS, Segment
 from expunge.model.shards import dtype_name
 from expunge.model.structure import Structure, find_structure
-from expunge.objectives import OBJECTIVES, settings_of
-from expunge.objectives.base import Objective
+from expunge.objectives import OBJECTIVES
+from expunge.objectives.base import Logprobs, Needs, Objective
+from expunge.probes.fit import fit_probes
+from expunge.probes.probe import Probe
 from expunge.progress import Progress, timed
+from expunge.published import as_published, published, published_recipe
 from expunge.recipe import Recipe
-from expunge.registry import Entry
+from expunge.registry import Entry, nearest, settings_of
+from expunge.steering import directions_for, probed_layers
 from expunge.training.loop import Stage, Trainer, TrainingResult, TrainingSettings
 from expunge.training.tradeoff import Tradeoff
-
-DATA_FIELDS = ("forget", "retain", "questions", "retain_questions", "text")
 
 
 def objective_of(recipe: Recipe) -> Entry[Objective]:
@@ -43,55 +43,30 @@ def objective_of(recipe: Recipe) -> Entry[Objective]:
     return OBJECTIVES.get(recipe.objective or FUNCTIONS.get(recipe.function).extras["objective"])
 
 
-def published(name: str) -> str:
-    """A source or model as it may be shown: of a local path the last part alone.
-
-    Patches are given away, and where things lay on a machine is nobody's business.
-    """
-    path = local_path(name)
-    return path.resolve().name if path.is_absolute() or path.exists() else name
-
-
-def as_published(hashes: Mapping[str, str]) -> dict[str, str]:
-    """The data's hashes by published names; a name that comes again gets a number."""
-    found: dict[str, str] = {}
-    for name, digest in hashes.items():
-        shown = published(name)
-        again = sum(key == shown or key.startswith(f"{shown}#") for key in found)
-        found[f"{shown}#{again + 1}" if again else shown] = digest
-    return found
-
-
-def _published_recipe(recipe: Recipe) -> dict[str, Any]:
-    settings = recipe.model_dump(mode="json", exclude_none=True)
-    for key in ("model", "oracle", *DATA_FIELDS):
-        value = settings.get(key)
-        if isinstance(value, str):
-            settings[key] = published(value)
-        elif value is not None:
-            settings[key] = [published(name) for name in value]
-    return settings
+def method_of(recipe: Recipe) -> Entry[Any]:
+    """The objective or the edit that a recipe names. Raises RecipeError if it is neither."""
+    name = recipe.objective
+    if name is not None and name in EDITS:
+        return EDITS.get(name)
+    if name is not None and name not in OBJECTIVES:
+        known = [*OBJECTIVES.names(), *EDITS.names()]
+        raise RecipeError(
+            what="Unknown objective",
+            got=repr(name),
+            allowed=", ".join(known),
+            fix=nearest(name, known),
+        )
+    return objective_of(recipe)
 
 
 @dataclass(frozen=True)
-class Cut:
-    """A base opened truncated and cut at some layers, with its boundary stores."""
+class Opened:
+    """A base in memory: its first layers, or the whole with its head."""
 
-    segment: Segment
-    forget: list[BoundaryStore]
-    retain: BoundaryStore
-
-    @property
-    def names(self) -> dict[str, str]:
-        """Trained weights: name in the opened model -> name in the causal LM."""
-        return {name: causal_lm_name(self.segment.model, name) for name in self.segment.weights}
-
-
-@dataclass(frozen=True)
-class _Opened:
     model: Any
     tokenizer: Any
     structure: Structure
+    whole: bool
 
 
 class Learning:
@@ -100,7 +75,8 @@ class Learning:
     Args:
         checkpoint: the base on disk.
         data: of all runs.
-        open_model: (directory or hub name, number of layers) -> (model, tokenizer).
+        open_model: (directory or hub name, number of layers or None for all and the head) ->
+            (model, tokenizer).
         progress: told what is going on.
         timing: seconds of loading and prefix are added here.
         spill_directory: where boundaries go that are too large for RAM.
@@ -111,7 +87,7 @@ class Learning:
         checkpoint: Checkpoint,
         data: FunctionData,
         *,
-        open_model: Callable[[str, int], tuple[Any, Any]],
+        open_model: Callable[[str, int | None], tuple[Any, Any]],
         progress: Progress,
         timing: dict[str, float],
         spill_directory: Path | None = None,
@@ -119,8 +95,10 @@ class Learning:
         self.checkpoint, self.data, self.open_model = checkpoint, data, open_model
         self.progress, self.timing = progress, timing
         self.spill_directory = spill_directory
-        self._opened: _Opened | None = None
+        self._opened: Opened | None = None
         self._cuts: dict[tuple[Any, ...], Cut] = {}
+        self._tokens: dict[int, Tokens] = {}
+        self._probes: dict[tuple[Any, ...], tuple[Probe, ...]] = {}
         self._micro_batch_size = 0
         self._told: dict[str, float] = {}
 
@@ -145,7 +123,9 @@ class Learning:
             objective=partial(entry.part, **settings_of(entry, recipe.objective_settings)),
             tradeoff=Tradeoff(recipe.tradeoff, weight),
             settings=settings,
-            forget_reference=entry.extras["needs"].forget_reference,
+            needs=entry.extras["needs"],
+            twins=cut.twins,
+            directions=self.where(recipe).directions,
         )
         with self.progress.phase("train", recipe.steps) as advance:
             result = trainer.run(
@@ -156,13 +136,14 @@ class Learning:
             self.progress.say(f"texts computed at once: {result.micro_batch_size} (memory)")
         # Found by trying; later runs on this bench start from it.
         self._micro_batch_size = result.micro_batch_size
-        trained, layer = self._layers(recipe)
+        where = self.where(recipe)
         facts = {
-            "data": as_published(self.data.hashes),
+            "data": self.data_hashes,
             # The log's sum counts all of a run that was interrupted.
-            "timing": {**self._since_last(), "train": sum(log.seconds for log in result.log)},
-            "layer": layer,
-            "trained_layers": list(trained),
+            "timing": {**self.since_last(), "train": sum(log.seconds for log in result.log)},
+            "layer": max(where.captured) if where.captured != (LOGPROBS,) else None,
+            "read_layers": [layer for layer in where.captured if layer != LOGPROBS],
+            "trained_layers": list(where.trained),
             "lr": settings.lr,
             "retain_weight": weight,
             "micro_batch_size": result.micro_batch_size,
@@ -177,45 +158,132 @@ class Learning:
 
     def cut(self, recipe: Recipe) -> Cut:
         """The base cut for a recipe, with all the boundaries that its objective needs."""
-        trained, layer = self._layers(recipe)
-        key = (trained, layer, recipe.max_tokens)
-        opened = self._open(recipe.model, layer)
+        needs: Needs = objective_of(recipe).extras["needs"]
+        where = self.where(recipe)
+        opened = self.opened(recipe.model, _depth(where.captured))
+        twins = needs.twin
+        key = (where.trained, where.captured, twins, recipe.max_tokens)
         if key not in self._cuts:
-            segment = Segment(opened.model, opened.structure, trained=trained, captured=(layer,))
+            segment = Segment(
+                opened.model, opened.structure, trained=where.trained, captured=where.captured
+            )
             self._check_dtype(segment)
-            self._cuts[key] = self._stores(segment, opened.tokenizer, recipe)
+            self._cuts[key] = cut_with_stores(
+                segment,
+                self.tokens(recipe),
+                twins=twins,
+                limit_bytes=int(recipe.cache_gib * 2**30),
+                spill_directory=self.spill_directory,
+                announce=self.progress.say,
+            )
         cut = self._cuts[key]
-        if objective_of(recipe).extras["needs"].forget_reference:
+        if needs.forget_reference:
             for store in cut.forget:
                 store.add_reference()
         self._compute(cut)
         return cut
 
+    def where(self, recipe: Recipe) -> Where:
+        """The layers that a run trains and reads; fits probes for an objective that needs them."""
+        needs: Needs = objective_of(recipe).extras["needs"]
+        n = self.checkpoint.n_layers
+        if needs.twin and not self.data.paired:
+            raise _unpaired(objective_of(recipe).name)
+        if isinstance(needs, Logprobs):
+            # The sources of these objectives train all layers.
+            return Where(check_trained(recipe.trained_layers or range(n), n - 1), (LOGPROBS,))
+        if needs.probes == "none":
+            trained, layer = resolve_layers(recipe.layer, recipe.trained_layers, n)
+            return Where(trained, (layer,))
+        directions = directions_for(recipe, needs.probes, self.probes(recipe))
+        read = tuple(directions)
+        trained = check_trained(recipe.trained_layers or read, max(read))
+        return Where(trained, read, directions)
+
+    def probes(self, recipe: Recipe) -> tuple[Probe, ...]:
+        """Probes of the base's layers, toxic against neutral training texts; fitted once."""
+        layers = probed_layers(recipe, self.checkpoint.n_layers)
+        key = (recipe.probe, recipe.probe_pooling, layers, recipe.max_tokens)
+        if key not in self._probes:
+            opened = self.opened(recipe.model, max(layers) + 1)
+            tokens = self.tokens(recipe)
+            toxic = [ids for topic in tokens.forget for ids in topic]
+            total = sum(map(len, (*toxic, *tokens.contrast)))
+            with timed(self.timing, "probe"), self.progress.phase("probe", total) as advance:
+                self._probes[key] = fit_probes(
+                    opened.model,
+                    opened.structure,
+                    toxic,
+                    tokens.contrast,
+                    layers=layers,
+                    kind=recipe.probe,
+                    pooling=recipe.probe_pooling,
+                    paired=self.data.paired,
+                    on_progress=advance,
+                )
+        return self._probes[key]
+
+    def known_probes(self, recipe: Recipe) -> tuple[Probe, ...]:
+        """The probes behind a recipe's directions; none for an objective that needs none."""
+        needs = method_of(recipe).extras.get("needs")
+        return self.probes(recipe) if needs is not None and needs.probes != "none" else ()
+
+    def tokens(self, recipe: Recipe) -> Tokens:
+        """The training texts as token ids."""
+        if recipe.max_tokens not in self._tokens:
+            _, tokenizer = self._any_opened(recipe)
+            self._tokens[recipe.max_tokens] = Tokens.of(
+                self.data, recipe, tokenizer, self.checkpoint.config, self.progress.say
+            )
+        return self._tokens[recipe.max_tokens]
+
+    @property
+    def data_hashes(self) -> dict[str, str]:
+        """Source -> hash, by published names."""
+        return as_published(self.data.hashes)
+
+    def metadata(self, recipe: Recipe, method: str, facts: dict[str, Any]) -> dict[str, Any]:
+        """What an artefact tells of its origin."""
+        return {
+            "function": recipe.function,
+            "objective": method,
+            "seed": recipe.seed,
+            "base_model": published(recipe.model),
+            "recipe": published_recipe(recipe),
+            "training": facts,
+        }
+
     def release(self) -> None:
         """Drop the truncated base and its boundaries."""
         for cut in self._cuts.values():
-            for store in (*cut.forget, cut.retain):
+            for store in cut.stores():
                 store.close()
         self._opened, self._cuts = None, {}
         gc.collect()
 
-    def _since_last(self) -> dict[str, float]:
+    def since_last(self) -> dict[str, float]:
         """Seconds spent since the last run on this bench; what the two share counts for that."""
-        names = ("load", "prefix")
+        names = ("load", "prefix", *(["probe"] if "probe" in self.timing else []))
         spent = {name: self.timing.get(name, 0.0) - self._told.get(name, 0.0) for name in names}
         self._told = dict(self.timing)
         return spent
 
-    def _layers(self, recipe: Recipe) -> tuple[tuple[int, ...], int]:
-        return resolve_layers(recipe.layer, recipe.trained_layers, self.checkpoint.n_layers)
+    def _any_opened(self, recipe: Recipe) -> tuple[Any, Any]:
+        """(model, tokenizer), however deep."""
+        opened = self._opened or self.opened(recipe.model, 1)
+        return opened.model, opened.tokenizer
 
-    def _open(self, name: str, layer: int) -> _Opened:
-        """The base up to a layer; opened anew only for a deeper one."""
-        if self._opened is None or self._opened.structure.n_layers <= layer:
+    def opened(self, name: str, depth: int | None) -> Opened:
+        """The base's first layers, or with None all and the head; opened anew only for more."""
+        opened = self._opened
+        if opened is None or not (
+            opened.whole or (depth is not None and opened.structure.n_layers >= depth)
+        ):
             self._opened, self._cuts = None, {}
             with timed(self.timing, "load"):
-                model, tokenizer = self.open_model(name, layer + 1)
-                self._opened = _Opened(model, tokenizer, find_structure(model))
+                model, tokenizer = self.open_model(name, depth)
+                self._opened = Opened(model, tokenizer, find_structure(model), depth is None)
+        assert self._opened is not None
         return self._opened
 
     def _check_dtype(self, segment: Segment) -> None:
@@ -231,31 +299,8 @@ class Learning:
                     fix="set dtype to float32, or save the model in that dtype first",
                 )
 
-    def _stores(self, segment: Segment, tokenizer: Any, recipe: Recipe) -> Cut:
-        """The cut with its stores, not yet computed."""
-        sets = [*self.data.forget, self.data.retain]
-        names = [*recipe.forget, "the retain texts"]
-        tokens = [
-            self._token_ids(name, texts, tokenizer, recipe.max_tokens)
-            for name, texts in zip(names, sets, strict=True)
-        ]
-        limit = int(recipe.cache_gib * 2**30)
-        total = sum(len(ids) for texts in tokens for ids in texts)
-        *forget, retain = (
-            BoundaryStore(
-                segment,
-                texts,
-                reference=texts is tokens[-1],
-                limit_bytes=int(limit * sum(map(len, texts)) / total),
-                spill_directory=self.spill_directory,
-                announce=self.progress.say,
-            )
-            for texts in tokens
-        )
-        return Cut(segment, forget, retain)
-
     def _compute(self, cut: Cut) -> None:
-        missing = [store for store in (*cut.forget, cut.retain) if not store.computed]
+        missing = [store for store in cut.stores() if not store.computed]
         if not missing:
             return
         total = sum(store.n_tokens for store in missing)
@@ -263,47 +308,27 @@ class Learning:
             for store in missing:
                 store.compute(advance)
 
-    def _token_ids(
-        self, name: str, texts: Sequence[Text], tokenizer: Any, asked: int
-    ) -> list[tuple[int, ...]]:
-        max_tokens = fitting_tokens(asked, self.checkpoint.config)
-        encoded = encode(texts, tokenizer, max_tokens=max_tokens)
-        short = too_short(encoded)
-        kept = [one.ids for index, one in enumerate(encoded) if index not in short]
-        if short:
-            self.progress.say(
-                f"note: {name}: {len(short)} of {len(texts)} texts left out "
-                f"({next(iter(short.values()))})"
-            )
-        if not kept:
-            raise DataError(
-                what=f"No text is left to train on in {name}",
-                got=f"{len(texts)} texts, none of at least two tokens",
-                allowed="texts that the tokenizer turns into two or more tokens",
-                fix="check the file, its `field`, and max_tokens",
-            )
-        cut = sum(one.truncated for one in encoded)
-        if cut:
-            self.progress.say(
-                f"note: {name}: {cut} of {len(texts)} texts cut at {max_tokens} tokens"
-                + (", the model's context" if max_tokens < asked else "")
-            )
-        return kept
-
     def _patch(
         self, recipe: Recipe, cut: Cut, result: TrainingResult, facts: dict[str, Any]
     ) -> Patch:
         # Disk is the reference: the model in memory may be in a wider type than the base's file.
         before = {cut.names[name]: p.detach().cpu() for name, p in cut.segment.weights.items()}
         after = {cut.names[name]: tensor for name, tensor in result.weights.items()}
-        metadata = {
-            "function": recipe.function,
-            "objective": objective_of(recipe).name,
-            "seed": recipe.seed,
-            "base_model": published(recipe.model),
-            "recipe": _published_recipe(recipe),
-            "training": facts,
-        }
+        metadata = self.metadata(recipe, objective_of(recipe).name, facts)
         return Patch.between(
             before, after, base=self.checkpoint.base_tensors(after), metadata=metadata
         )
+
+
+def _depth(captured: tuple[int, ...]) -> int | None:
+    """How many layers must be opened to read these; None: all, and the head."""
+    return None if captured == (LOGPROBS,) else max(captured) + 1
+
+
+def _unpaired(objective: str) -> DataError:
+    return DataError(
+        what=f"The objective {objective} needs pairs",
+        got="texts without another wording",
+        allowed="pairs of a toxic and a neutral wording",
+        fix="give --pairs, or choose an objective that needs none",
+    )

@@ -6,12 +6,21 @@ from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
 
+from expunge.data.text import Text
+from expunge.edits import Intervention
 from expunge.errors import DataError
+from expunge.evaluation.generation import Sampling
+from expunge.evaluation.scorers import Scorer
 from expunge.evaluation.suite import Suite
+from expunge.evaluation.toxicity import Collected, ToxicitySuite
 from expunge.functions.base import Measured
 from expunge.model.patch import Patch
 from expunge.progress import Progress
 from expunge.records import ModelRole, Score, Split
+
+# What a run leaves: changed weights, or something that acts while the model runs.
+Artefact = Patch | Intervention
+SAMPLING = Sampling()
 
 
 class Measuring:
@@ -25,6 +34,9 @@ class Measuring:
         open_model: directory or hub name -> (whole model, tokenizer).
         max_tokens: longest text in tokens.
         progress: told what is going on.
+        scorers: what judges continuations; none needed where there are no prompts.
+        sampling: how prompts are continued.
+        max_prompts: largest number of prompts of a set.
     """
 
     def __init__(
@@ -35,23 +47,33 @@ class Measuring:
         open_model: Callable[[str], tuple[Any, Any]],
         max_tokens: int,
         progress: Progress,
+        scorers: tuple[Scorer, ...] = (),
+        sampling: Sampling = SAMPLING,
+        max_prompts: int = 200,
     ) -> None:
+        self.scorers, self.sampling, self.max_prompts = scorers, sampling, max_prompts
         self.base, self.measured, self.max_tokens = base, measured, max_tokens
         self.open_model, self.progress = open_model, progress
         self._base: dict[Split, list[Score]] = {}
+        self._said_by_base: dict[Split, Collected] = {}
         self._oracles: dict[tuple[str, Split], list[Score]] = {}
 
     def scores(
-        self, patch: Patch | None, *, oracle: str | None = None, split: Split = "test"
+        self, patch: Artefact | None, *, oracle: str | None = None, split: Split = "test"
     ) -> list[Score]:
         """Scores of base, patched and oracle, in this order."""
         model, _ = self._whole
         if split not in self._base:
-            self._base[split] = self._measure(model, "base", split)
+            scores, said = self._look(model, "base", split)
+            if said is not None:
+                self._said_by_base[split] = said
+            self._base[split] = scores + self._judge(said, "base", split)
         scores = list(self._base[split])
         if patch is not None:
             with patch.applied(model):
-                scores += self._measure(model, "patched", split)
+                found, said = self._look(model, "patched", split)
+            # Judged with the base's own weights back: it tells how fluent a continuation is.
+            scores += found + self._judge(said, "patched", split)
         if oracle is not None:
             scores += self._oracle_scores(oracle, split)
         return scores
@@ -64,9 +86,36 @@ class Measuring:
     @cached_property
     def _suites(self) -> dict[Split, Suite]:
         _, tokenizer = self._whole
+        found = {}
+        for split, data in self.measured.items():
+            sides = ("forget_questions", "retain_questions", "forget_texts", "retain_texts")
+            found[split] = Suite.build(
+                tokenizer,
+                split=split,
+                max_tokens=self.max_tokens,
+                perplexity_texts=data.perplexity_texts,
+                # A manner has no questions: what is forgotten is measured on continuations.
+                forget=not data.prompts or bool(data.forget_questions),
+                **{name: getattr(data, name) for name in sides},
+            )
+        return found
+
+    @cached_property
+    def _toxicity(self) -> dict[Split, ToxicitySuite]:
+        _, tokenizer = self._whole
         return {
-            split: Suite.build(tokenizer, split=split, max_tokens=self.max_tokens, **vars(data))
+            split: ToxicitySuite.build(
+                tokenizer,
+                split=split,
+                prompts={k: texts[: self.max_prompts] for k, texts in data.prompts.items()},
+                pairs=data.pairs,
+                neutral_texts=[Text(pair.neutral) for pair in data.pairs] or data.retain_texts,
+                scorers=self.scorers,
+                sampling=self.sampling,
+                max_tokens=self.max_tokens,
+            )
             for split, data in self.measured.items()
+            if data.prompts
         }
 
     def _oracle_scores(self, oracle: str, split: Split) -> list[Score]:
@@ -74,13 +123,27 @@ class Measuring:
             model, tokenizer = self.open_model(oracle)
             _, own = self._whole
             _check_same_tokenizer(own, tokenizer, oracle)
-            self._oracles[oracle, split] = self._measure(model, "oracle", split)
+            found, said = self._look(model, "oracle", split)
+            self._oracles[oracle, split] = found + self._judge(said, "oracle", split)
         return self._oracles[oracle, split]
 
-    def _measure(self, model: Any, role: ModelRole, split: Split) -> list[Score]:
-        suite = self._suites[split]
-        with self.progress.phase(f"measure {role}", suite.rows) as advance:
+    def _look(
+        self, model: Any, role: ModelRole, split: Split
+    ) -> tuple[list[Score], Collected | None]:
+        """Everything that takes the model itself: scores, and what it says to the prompts."""
+        suite, toxicity = self._suites[split], self._toxicity.get(split)
+        rows = suite.rows + (toxicity.rows if toxicity else 0)
+        with self.progress.phase(f"measure {role}", rows) as advance:
             scores, _ = suite.measure(model, role, advance)
+            said = toxicity.collect(model, advance) if toxicity else None
+        return scores, said
+
+    def _judge(self, said: Collected | None, role: ModelRole, split: Split) -> list[Score]:
+        if said is None:
+            return []
+        base, _ = self._whole
+        of_base = self._said_by_base[split]
+        scores, _ = self._toxicity[split].judge(said, base, of_base, role)
         return scores
 
 

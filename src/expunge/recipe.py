@@ -17,8 +17,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from expunge.errors import RecipeError
 from expunge.files import write_text
 from expunge.objectives.targets import TargetKind
+from expunge.probes.probe import Pooling, ProbeKind
 from expunge.registry import nearest
-from expunge.training.loop import FirstToken, LrSchedule
+from expunge.training.loop import LrSchedule
+from expunge.training.seen import FirstToken
 from expunge.training.tradeoff import TradeoffKind
 
 Auto = Literal["auto"]
@@ -26,8 +28,12 @@ Auto = Literal["auto"]
 Name = Annotated[str, Field(min_length=1)]
 NUMBERS = (
     "validation_share held_back_share max_texts max_tokens layer steps lr batch_size "
-    "micro_batch_size weight_decay retain_weight rna_noise seed save_every cache_gib"
+    "micro_batch_size weight_decay retain_weight rna_noise seed save_every cache_gib "
+    "probe_threshold samples new_tokens temperature max_prompts"
 ).split()
+
+# How continuations are sampled and judged: not what is learned.
+MEASURING_FIELDS = ("scorers", "samples", "new_tokens", "temperature", "max_prompts")
 
 
 class Recipe(BaseModel):
@@ -42,8 +48,11 @@ class Recipe(BaseModel):
         default_factory=dict, description="settings of the objective, by name"
     )
 
-    forget: tuple[Name, ...] = Field(min_length=1, description="texts to forget; a topic each")
+    forget: tuple[Name, ...] = Field((), description="texts to forget; a topic each")
     retain: tuple[Name, ...] = Field(min_length=1, description="texts to keep")
+    pairs: Name | None = Field(None, description="toxic texts with their neutral wordings")
+    labelled: Name | None = Field(None, description="texts labelled toxic or neutral, unpaired")
+    prompts: Name | None = Field(None, description="prompts to be continued, for toxicity")
     questions: Name | None = Field(None, description="questions on the forgotten knowledge")
     retain_questions: Name | None = Field(None, description="questions on what must stay")
     text: Name | None = Field(
@@ -82,6 +91,19 @@ class Recipe(BaseModel):
         None, ge=0, description="weight of the retain term; default: the objective's"
     )
     tradeoff: TradeoffKind = Field("fixed", description="how forget and retain are weighed")
+    probe: ProbeKind = Field("logistic", description="kind of the probes behind directions")
+    probe_pooling: Pooling = Field(
+        "mean", description="probes on each text's mean activation, or on each token"
+    )
+    probe_layers: Annotated[tuple[int, ...], Field(min_length=1)] | Auto = Field(
+        "auto", description="layers read by probe objectives; auto: all that pass probe_threshold"
+    )
+    probe_threshold: float = Field(
+        0.6, ge=0.5, lt=1, description="least held-out accuracy of a probe that is used"
+    )
+    layer_weights: tuple[float, ...] | None = Field(
+        None, description="weight of each layer read by a probe objective; default: equal"
+    )
     target: TargetKind | Auto = Field(
         "auto", description="kind of the target direction; auto: the objective's"
     )
@@ -103,9 +125,18 @@ class Recipe(BaseModel):
     measure_on: Literal["validation", "test"] = Field(
         "test", description="split to measure on; validation for choosing settings"
     )
+    scorers: tuple[Name, ...] = Field(
+        ("tfidf", "words"),
+        description="what judges continuations, at least two: tfidf, words (from the run's own "
+        "training texts), tfidf:FILE, words:FILE, hf:DIR, detoxify, perspective",
+    )
+    samples: int = Field(5, ge=1, description="continuations of each prompt")
+    new_tokens: int = Field(20, ge=1, description="longest continuation in tokens")
+    temperature: float = Field(1.0, ge=0, description="of sampling; 0: the likeliest token")
+    max_prompts: int = Field(200, ge=1, description="largest number of prompts of a set")
     oracle: Name | None = Field(None, description="a model never taught the function, to compare")
 
-    @field_validator("forget", "retain", mode="before")
+    @field_validator("forget", "retain", "scorers", mode="before")
     @classmethod
     def _one_source(cls, value: Any) -> Any:
         """A single source may be written without a list."""
@@ -146,6 +177,7 @@ class Recipe(BaseModel):
         """Hash of all that changes the trained weights: runs with the same one may resume."""
         return self._hash(
             exclude={"save_every", "evaluate", "measure_on", "oracle"}
+            | {*MEASURING_FIELDS}
             | {"micro_batch_size", "cache_gib"}
         )
 
@@ -154,6 +186,7 @@ class Recipe(BaseModel):
         """Hash of model, data and device: runs with the same one may share a bench."""
         return self._hash(
             include={"function", "model", "forget", "retain", "questions", "retain_questions"}
+            | {"pairs", "labelled", "prompts", *MEASURING_FIELDS}
             | {"text", "field", "on_overlap", "validation_share", "held_back_share", "max_texts"}
             | {"max_tokens", "dtype", "device", "cache_gib", "trust_remote_code"},
             texts_needed=self.texts_needed,

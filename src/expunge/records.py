@@ -55,6 +55,11 @@ class Score:
     scorer: str | None = None
     prompts: str | None = None
 
+    @property
+    def key(self) -> tuple[str, str | None, str | None]:
+        """What is measured: scores with one key compare between models."""
+        return self.name, self.scorer, self.prompts
+
 
 @dataclass(frozen=True)
 class RunRecord:
@@ -117,10 +122,23 @@ class RunRecord:
                 fix="give the path of a finished run; `expunge ls DIR` lists them",
             ) from error
 
-    def score(self, name: str, model: str = "patched", split: str | None = None) -> Score | None:
-        """The first score of that name and model (and split), or None."""
+    def score(
+        self,
+        name: str,
+        model: str = "patched",
+        split: str | None = None,
+        *,
+        scorer: str | None = None,
+        prompts: str | None = None,
+    ) -> Score | None:
+        """The first score of that name and model (and split, scorer, prompts), or None."""
         for score in self.scores:
-            if score.name == name and score.model == model and split in (None, score.split):
+            if (
+                (score.name, score.model) == (name, model)
+                and split in (None, score.split)
+                and scorer in (None, score.scorer)
+                and prompts in (None, score.prompts)
+            ):
                 return score
         return None
 

@@ -11,14 +11,18 @@ from typing import Any
 
 import psutil
 
-from expunge.errors import DataError, ExpungeError, PatchError
+from expunge.edits import load_intervention
+from expunge.errors import DataError, ExpungeError, PatchError, RecipeError
 from expunge.files import disk_errors
-from expunge.learning import as_published, objective_of
+from expunge.learning import method_of
+from expunge.measuring import Artefact
 from expunge.model.boundaries import SPILL_PREFIX
 from expunge.model.memory import peak_bytes
 from expunge.model.patch import Patch
+from expunge.probes.probe import save_probes
 from expunge.progress import Progress, Silent, timed
-from expunge.recipe import Recipe
+from expunge.published import as_published, published
+from expunge.recipe import MEASURING_FIELDS, Recipe
 from expunge.records import RECORD_NAME, RunRecord, Score
 from expunge.training.loop import Stage
 from expunge.workbench import Workbench
@@ -27,7 +31,16 @@ RECIPE_NAME = "recipe.yaml"
 PATCH_NAME = "patch.safetensors"
 LOSSES_NAME = "losses.jsonl"
 STATE_NAME = "state.safetensors"
-WORK_NAMES = (PATCH_NAME, LOSSES_NAME, STATE_NAME, RECORD_NAME)
+INTERVENTION_NAME = "intervention.safetensors"
+PROBES_NAME = "probes.safetensors"
+WORK_NAMES = (
+    PATCH_NAME,
+    INTERVENTION_NAME,
+    PROBES_NAME,
+    LOSSES_NAME,
+    STATE_NAME,
+    RECORD_NAME,
+)
 # What a killed process leaves in its folder, with its number: spilled boundaries, half a file.
 _LEFTOVER = re.compile(
     rf"{re.escape(SPILL_PREFIX)}(\d+)-\w+"
@@ -38,7 +51,7 @@ _LEFTOVER = re.compile(
 def unlearn(
     model: str | Path,
     *,
-    forget: str | Path | Sequence[str | Path],
+    forget: str | Path | Sequence[str | Path] = (),
     retain: str | Path | Sequence[str | Path],
     progress: Progress | None = None,
     **settings: Any,
@@ -48,6 +61,7 @@ def unlearn(
     Args:
         model: model directory, or hub name.
         forget: text source or sources to forget; each is a topic with a direction of its own.
+            Toxicity takes ``pairs`` or ``labelled`` instead.
         retain: text source or sources to keep.
         progress: told what is going on; default: silent.
         settings: any other field of `expunge.recipe.Recipe`.
@@ -69,6 +83,13 @@ def unlearn(
     bench = Workbench(recipe, progress or Silent())
     bench.check(recipe)
     patch, _ = bench.train(recipe)
+    if not isinstance(patch, Patch):
+        raise RecipeError(
+            what=f"{recipe.objective} changes no weights, so there is no patch",
+            got=f"objective {recipe.objective}",
+            allowed="objectives, and edits that change weights",
+            fix="use `expunge.run.run`, which keeps an intervention as well",
+        )
     return patch
 
 
@@ -114,21 +135,33 @@ def run(
     return record
 
 
-def _trained(recipe: Recipe, out: Path, bench: Workbench) -> Patch:
-    """The patch of this run: the one in ``out``, or else trained and saved there."""
-    # The patch is written last of all training, so one that is there is whole.
-    if not _in(out, PATCH_NAME):
+def load_artefact(out: Path) -> Artefact | None:
+    """The patch or the intervention in a run directory; None if there is neither."""
+    if _in(out, PATCH_NAME):
+        return Patch.load(out / PATCH_NAME)
+    return load_intervention(out / INTERVENTION_NAME) if _in(out, INTERVENTION_NAME) else None
+
+
+def _trained(recipe: Recipe, out: Path, bench: Workbench) -> Artefact:
+    """The artefact of this run: the one in ``out``, or else made and saved there."""
+    # It is written last of all training, so one that is there is whole.
+    patch = load_artefact(out)
+    if patch is None:
         with _unclaiming(out):
             stage = Stage(out / STATE_NAME, out / LOSSES_NAME, bench.context(recipe))
             trained, _ = bench.train(recipe, stage)
-        trained.save(out / PATCH_NAME)
-    patch = Patch.load(out / PATCH_NAME)
+        probes = bench.learning.known_probes(recipe)
+        if probes:
+            save_probes(out / PROBES_NAME, probes, {"base_model": published(recipe.model)})
+        trained.save(out / (PATCH_NAME if isinstance(trained, Patch) else INTERVENTION_NAME))
+        patch = load_artefact(out)
+        assert patch is not None
     _check_trained_here(patch, out)
     _check_same_data(patch, bench.data.hashes, out)
     return patch
 
 
-def _measured(recipe: Recipe, patch: Patch, bench: Workbench) -> RunRecord:
+def _measured(recipe: Recipe, patch: Artefact, bench: Workbench) -> RunRecord:
     """The run's record, with scores if the recipe asks for them."""
     training = patch.metadata["training"]
     # The file's time is the whole run's, an interrupted part included only where it was saved.
@@ -139,7 +172,7 @@ def _measured(recipe: Recipe, patch: Patch, bench: Workbench) -> RunRecord:
             scores = bench.evaluate(patch, oracle=recipe.oracle, split=recipe.measure_on)
     return RunRecord(
         function=recipe.function,
-        objective=objective_of(recipe).name,
+        objective=method_of(recipe).name,
         seed=recipe.seed,
         timing=timing,
         peak_memory_bytes=peak_bytes(),
@@ -185,7 +218,7 @@ def _look(recipe: Recipe, out: Path) -> RunRecord | None:
                 allowed="a new folder, or the same settings to go on with an interrupted run",
                 fix="choose another -o, or discard that run with --fresh",
             )
-        keys = ("evaluate", "measure_on", "oracle")
+        keys = ("evaluate", "measure_on", "oracle", *MEASURING_FIELDS)
         measured = all(getattr(earlier, key) == getattr(recipe, key) for key in keys)
         if RECORD_NAME in work and (measured or not recipe.evaluate):
             return RunRecord.load(out)
@@ -202,7 +235,7 @@ def _claim(recipe: Recipe, out: Path, *, fresh: bool) -> None:
     """Make ``out`` the folder of this recipe."""
     with disk_errors(out):
         if fresh:
-            for name in (PATCH_NAME, LOSSES_NAME, STATE_NAME):
+            for name in {*WORK_NAMES} - {RECORD_NAME}:
                 (out / name).unlink(missing_ok=True)
         # A record that is here is of the run to be discarded, or lacks what is to be measured.
         (out / RECORD_NAME).unlink(missing_ok=True)
@@ -229,7 +262,7 @@ def _in(out: Path, name: str) -> bool:
     return (out / name).exists()
 
 
-def _check_trained_here(patch: Patch, out: Path) -> None:
+def _check_trained_here(patch: Artefact, out: Path) -> None:
     """A patch that was put here by hand, or is a sum of patches, tells of no training."""
     training = patch.metadata.get("training")
     facts = training if isinstance(training, dict) else {}
@@ -243,7 +276,7 @@ def _check_trained_here(patch: Patch, out: Path) -> None:
         )
 
 
-def _check_same_data(patch: Patch, hashes: Mapping[str, str], out: Path) -> None:
+def _check_same_data(patch: Artefact, hashes: Mapping[str, str], out: Path) -> None:
     """The record names the data's hashes; they must be those that the patch was trained on."""
     trained_on = patch.metadata["training"]["data"]
     now = as_published(hashes)

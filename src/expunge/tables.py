@@ -131,8 +131,8 @@ def _scores_table(title: str, scores: Sequence[Score]) -> Table:
         table.add_column(
             column, justify="left" if column == "score" else "right", no_wrap=column == "score"
         )
-    for name in dict.fromkeys(score.name for score in scores):
-        by_role = {score.model: score for score in scores if score.name == name}
+    for key in dict.fromkeys(score.key for score in scores):
+        by_role = {score.model: score for score in scores if score.key == key}
         first = next(iter(by_role.values()))
         cells = [_value(by_role.get(role), interval=True) for role in roles]  # type: ignore[call-overload]
         table.add_row(_label(first), *cells, str(first.n), first.split)
@@ -143,6 +143,7 @@ def _scores_table(title: str, scores: Sequence[Score]) -> Table:
 
 def _label(score: Score) -> str:
     notes = [] if score.unit in ("fraction", score.name) else [score.unit]
+    notes += [detail for detail in (score.prompts, score.scorer) if detail]
     if score.chance is not None:
         notes.append(f"chance {score.chance:.2f}")
     return score.name + (f" ({', '.join(notes)})" if notes else "")

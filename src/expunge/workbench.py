@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -12,17 +13,21 @@ from typing import Any
 import torch
 
 from expunge import provenance
-from expunge.defaults import fitting_tokens, resolve_device, resolve_layers
+from expunge.defaults import fitting_tokens, resolve_device
+from expunge.editing import make_edit
+from expunge.evaluation.generation import Sampling
+from expunge.evaluation.scorers import Scorer, build_scorers
 from expunge.functions import FUNCTIONS
 from expunge.functions.base import DataSettings, FunctionData
-from expunge.learning import Learning, objective_of
-from expunge.measuring import Measuring
+from expunge.learning import Learning, method_of
+from expunge.measuring import Artefact, Measuring
 from expunge.model.checkpoint import Checkpoint, open_model
-from expunge.model.patch import Patch
-from expunge.objectives import settings_of
+from expunge.model.patch import BaseTensor, Patch
 from expunge.progress import Progress, Silent, timed
 from expunge.recipe import Recipe
 from expunge.records import Score, Split
+from expunge.registry import settings_of
+from expunge.steering import check_layers
 from expunge.training.loop import Stage, TrainingResult
 
 
@@ -83,7 +88,21 @@ class Workbench:
             open_model=self._open,
             max_tokens=fitting_tokens(self.recipe.max_tokens, self.checkpoint.config),
             progress=self.progress,
+            scorers=self.scorers,
+            sampling=Sampling(
+                samples=self.recipe.samples,
+                new_tokens=self.recipe.new_tokens,
+                temperature=self.recipe.temperature,
+            ),
+            max_prompts=self.recipe.max_prompts,
         )
+
+    @cached_property
+    def scorers(self) -> tuple[Scorer, ...]:
+        """What judges continuations; none where nothing is continued."""
+        if not any(measured.prompts for measured in self.data.measured.values()):
+            return ()
+        return build_scorers(self.recipe.scorers, self.data.labelled)
 
     def check(self, recipe: Recipe) -> None:
         """Everything that can be refused before weights are read.
@@ -94,14 +113,25 @@ class Workbench:
         """
         if recipe.bench_key != self.recipe.bench_key:
             raise ValueError("this bench was made for another model or other data")
-        settings_of(objective_of(recipe), recipe.objective_settings)
-        resolve_layers(recipe.layer, recipe.trained_layers, self.checkpoint.n_layers)
+        method = method_of(recipe)
+        settings_of(method, recipe.objective_settings)
+        if "needs" in method.extras:
+            check_layers(recipe, method.extras["needs"], self.checkpoint.n_layers)
         if recipe.oracle is not None and recipe.evaluate:
             Checkpoint.open(recipe.oracle)
         _ = self.device, self.data
+        if recipe.evaluate:
+            _ = self.scorers
 
-    def train(self, recipe: Recipe, stage: Stage | None = None) -> tuple[Patch, TrainingResult]:
-        """One run: its patch and the log. Goes on from the stage's saved state, if there is one."""
+    def train(
+        self, recipe: Recipe, stage: Stage | None = None
+    ) -> tuple[Artefact, TrainingResult | None]:
+        """One run: its patch and the log. Goes on from the stage's saved state, if there is one.
+
+        An edit trains nothing, so it has no log, and some leave an intervention.
+        """
+        if method_of(recipe).kind == "edit":
+            return make_edit(self.learning, recipe), None
         return self.learning.train(recipe, stage)
 
     def release_training(self) -> None:
@@ -109,13 +139,15 @@ class Workbench:
         self.learning.release()
 
     def evaluate(
-        self, patch: Patch | None, *, oracle: str | None = None, split: Split = "test"
+        self, patch: Artefact | None, *, oracle: str | None = None, split: Split = "test"
     ) -> list[Score]:
         """Scores of base, patched and oracle, in this order; the base's are taken once."""
         return self.measuring.scores(patch, oracle=oracle, split=split)
 
     def context(self, recipe: Recipe) -> str:
         """Fingerprint of all that the trained weights depend on: settings, data, base weights."""
+        if method_of(recipe).kind == "edit":
+            return ""  # done at once, there is nothing to go on with
         base = self.checkpoint.base_tensors(self.learning.cut(recipe).names.values())
         facts = {
             "recipe": recipe.fingerprint,
@@ -125,15 +157,15 @@ class Workbench:
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
-    def provenance(self, recipe: Recipe, patch: Patch) -> dict[str, Any]:
+    def provenance(self, recipe: Recipe, patch: Artefact) -> dict[str, Any]:
         """Recipe, hashes, versions, hardware."""
         return {
             "recipe": recipe.model_dump(mode="json", exclude_none=True),
-            "base": {name: base.to_dict() for name, base in patch.base.items()},
+            "base": {name: base.to_dict() for name, base in _base(patch).items()},
             "data": dict(self.data.hashes),
             "notes": list(self.data.notes),
             "counts": {
-                split: {role: len(items) for role, items in vars(measured).items()}
+                split: {role: _count(items) for role, items in vars(measured).items()}
                 for split, measured in self.data.measured.items()
             },
             **provenance.environment(),
@@ -148,3 +180,14 @@ class Workbench:
             device=self.device,
             trust_remote_code=self.recipe.trust_remote_code,
         )
+
+
+def _base(artefact: Artefact) -> Mapping[str, BaseTensor]:
+    return artefact.base if isinstance(artefact, Patch) else {}
+
+
+def _count(items: Collection[Any]) -> int | dict[str, int]:
+    """How many there are; of prompts, in each set."""
+    if isinstance(items, Mapping):
+        return {name: len(texts) for name, texts in items.items()}
+    return len(items)

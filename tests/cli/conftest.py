@@ -22,6 +22,7 @@ from small_world import (
 )
 
 from expunge import cli as cli_module
+from expunge import console
 from expunge.recipe import Recipe
 from expunge.run import run
 
@@ -31,7 +32,7 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     """``cli("run", …)`` calls main() as the console script would."""
     monkeypatch.setenv("COLUMNS", "200")
     # The console took its width when it was made: 80 in a pytest-xdist worker.
-    monkeypatch.setattr(cli_module, "stdout", Console(width=200))
+    monkeypatch.setattr(console, "stdout", Console(width=200))
     before = signal.getsignal(signal.SIGTERM)
 
     def call(*args: Any) -> Result:

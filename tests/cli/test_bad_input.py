@@ -197,7 +197,7 @@ def test_cuda_without_a_gpu(cli, world, tmp_path):
         (b"\xff\xfe\x00", ("cannot be read",)),
         (b"1: 2\nmodel: m\nforget: a\nretain: b\n", ("unknown key", "'1'")),
         (b"model: 5\nforget: [a]\nretain: [b]\n", ("model", "5", "string")),
-        (b"model: m\nforget: []\nretain: [b]\n", ("forget", "at least 1")),
+        (b"model: m\nforget: [a]\nretain: []\n", ("retain", "at least 1")),
         (b"model: m\nforget: {a: b}\nretain: [b]\n", ("forget",)),
     ],
     ids=["empty", "list", "not YAML", "no date", "binary", "number", "model", "none", "mapping"],
@@ -406,7 +406,7 @@ def test_oracle_with_another_vocabulary(cli, world, tmp_path):
 def objective(monkeypatch: pytest.MonkeyPatch, part: Callable[..., Loss]) -> Iterator[str]:
     """A registered objective for one test."""
     like = OBJECTIVES.get("rmu")
-    entry = Entry("test", part, "a test", "none", like.extras)
+    entry = Entry("test", part, "a test", "none", like.extras, "objective")
     monkeypatch.setitem(OBJECTIVES._entries, "test", entry)
     yield "test"
 
@@ -469,7 +469,7 @@ def test_base_that_is_not_finite(cli, world, tmp_path):
 
 
 def test_capture_that_never_fires(cli, world, tmp_path, monkeypatch):
-    monkeypatch.setattr(Segment, "_backbone_forward", lambda *_args: None)
+    monkeypatch.setattr(Segment, "_model_forward", lambda *_args: {})
     result = cli(*world.args(tmp_path / "out"))
     check(result, TRAINING, "A capture never fired", "no activations after layer 2")
     assert not (tmp_path / "out").exists()

@@ -457,7 +457,8 @@ def test_plan_table_and_depth(cli, world):
 def test_ls_lists_parts(cli):
     parts = cli("ls", "--json").json
     assert {"cosine-rmu", "rmu", "adaptive-rmu"} <= {part["name"] for part in parts["objectives"]}
-    assert [part["name"] for part in parts["functions"]] == ["knowledge"]
+    assert {"profs", "project-out", "banned-words"} <= {part["name"] for part in parts["edits"]}
+    assert [part["name"] for part in parts["functions"]] == ["knowledge", "toxicity"]
     assert all(part["source"] for kind in parts.values() for part in kind)
     assert "cosine-rmu" in cli("ls").out
 

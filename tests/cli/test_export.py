@@ -59,7 +59,7 @@ def test_apply_moves_its_bar_by_bytes(cli, world, finished, tmp_path, monkeypatc
 
             return nullcontext(lambda amount, note="", total=None: moves.append((amount, total)))
 
-    monkeypatch.setattr("expunge.cli._progress", Watching)
+    monkeypatch.setattr("expunge.console.progress", Watching)
     assert cli("apply", finished, "--model", world.model, "-o", tmp_path / "new").code == 0
     (total,) = {total for _, total in moves}
     assert sum(amount for amount, _ in moves) == total

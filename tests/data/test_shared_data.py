@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from expunge.data.sources import read_questions, read_texts
+from expunge.data.sources import (
+    read_labelled,
+    read_pairs,
+    read_prompts,
+    read_questions,
+    read_texts,
+)
 from expunge.data.splits import find_overlap, separate, split_by_content
 from expunge.data.tokens import check_vocabulary, encode, too_short
 from expunge.errors import DataError, ModelError
@@ -76,6 +83,47 @@ def test_paradetox_rows_with_lost_columns_are_named() -> None:
     loaded = read_texts(DATA / "paradetox/paradetox_dev.tsv", field="neutral1")
     assert [one.row for one in loaded.skipped] == [1118, 1420, 1865, 2192]
     assert "4 of 2500 rows skipped: row 1118 (3 columns where the header has 4)" in str(loaded)
+
+
+def test_paradetox_pairs() -> None:
+    loaded = read_pairs(DATA / "paradetox/paradetox_dev.tsv")
+    reasons = Counter(one.reason for one in loaded.skipped)
+    assert len(loaded.items) == 2476
+    assert reasons == {
+        "both wordings are the same": 20,
+        "2 columns where the header has 4": 3,
+        "3 columns where the header has 4": 1,
+    }
+    assert sum(bool(pair.opening) for pair in loaded.items) == 1668
+    assert all(pair.neutral.startswith(pair.opening) for pair in loaded.items)
+
+
+@pytest.mark.parametrize(
+    ("name", "toxic", "neutral", "skipped"),
+    [
+        ("jigsaw-sample/train.csv", 29, 253, 0),
+        ("jigsaw-sample/test.csv", 2, 24, 25),  # nobody labelled the others
+        ("real-toxicity-prompts/toxic_dev.jsonl", 281, 119, 0),
+        ("real-toxicity-prompts/nontoxic_dev.jsonl", 74, 326, 0),
+        ("paradetox/paradetox_dev.tsv", 2476, 2476, 24),
+    ],
+)
+def test_labelled(name: str, toxic: int, neutral: int, skipped: int) -> None:
+    loaded = read_labelled(DATA / name)
+    assert Counter(one.toxic for one in loaded.items) == {True: toxic, False: neutral}
+    assert len(loaded.skipped) == skipped
+
+
+def test_labels_without_texts_are_refused() -> None:
+    with pytest.raises(DataError, match="no text column"):
+        read_labelled(DATA / "jigsaw-sample/test_labels.csv")
+
+
+def test_prompts() -> None:
+    loaded = read_prompts(DATA / "real-toxicity-prompts/toxic_dev.jsonl")
+    assert (len(loaded.items), loaded.skipped) == (200, ())
+    column = read_texts(DATA / "real-toxicity-prompts/toxic_dev.jsonl", field="prompt.text")
+    assert loaded.items == column.items
 
 
 def test_wrong_reader_says_what_to_do() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from expunge.training.seen import Sight
 from tiny import bench
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
@@ -26,13 +27,13 @@ def test_bfloat16_with_masters_learns() -> None:
 
 def test_out_of_memory_halves_the_micro_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     world = bench(device="cuda")
-    forward = world.segment.forward
+    forward = Sight.forward
 
-    def limited(boundary, ids_BT, mask_BT):
-        if len(ids_BT) > 2:
+    def limited(self, forget, retain):
+        if len(forget.ids_BT) > 2:
             torch.empty(1 << 50, dtype=torch.uint8, device="cuda")
-        return forward(boundary, ids_BT, mask_BT)
+        return forward(self, forget, retain)
 
-    monkeypatch.setattr(world.segment, "forward", limited)
+    monkeypatch.setattr(Sight, "forward", limited)
     result = world.trainer("rmu").run()
     assert result.micro_batch_size == 2

@@ -5,6 +5,7 @@ Shapes: B batch, T tokens, D hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -13,78 +14,141 @@ import torch
 from torch import Tensor
 
 from expunge.errors import DataError
-from expunge.objectives import OBJECTIVES, Activations, Captured, Loss
+from expunge.masked import masked_mean
+from expunge.objectives import OBJECTIVES, Activations, Captured, Direction, Logprobs, Loss
 
 B, T, D = 3, 5, 4
 LENGTHS = (5, 2, 3)
-MASK_BT = torch.arange(T)[None, :] < torch.tensor(LENGTHS)[:, None]
+TWIN_LENGTHS = (1, 4, 5)
+
+
+def mask_of(lengths: tuple[int, ...]) -> Tensor:
+    return torch.arange(T)[None, :] < torch.tensor(lengths)[:, None]
+
+
+MASK_BT = mask_of(LENGTHS)
 
 every_objective = pytest.mark.parametrize("name", OBJECTIVES.names())
 
 
-def batch(seed: int, *, mask_BT: Tensor = MASK_BT, dtype: torch.dtype = torch.float32) -> Captured:
-    """Random activations after layers 1 and 2, with everything an objective may need."""
+def needs_of(name: str) -> Any:
+    return OBJECTIVES.get(name).extras["needs"]
+
+
+def layers_of(name: str) -> tuple[int, ...]:
+    return (2,) if needs_of(name).probes == "one" else (1, 2)
+
+
+def batch(
+    name: str, seed: int, *, mask_BT: Tensor = MASK_BT, dtype: torch.dtype = torch.float32
+) -> Captured:
+    """Random values of everything that an objective's registration asks for."""
     generator = torch.Generator().manual_seed(seed)
+    needs = needs_of(name)
+    twin = None
+    if needs.twin:
+        masks_BT = mask_of(TWIN_LENGTHS)
+        twin = _seen(name, generator, masks_BT, dtype)
+    return replace(_seen(name, generator, mask_BT, dtype), twin=twin)
+
+
+def _seen(name: str, generator: torch.Generator, mask_BT: Tensor, dtype: torch.dtype) -> Captured:
+    if isinstance(needs_of(name), Logprobs):
+
+        def nats_BT() -> Tensor:
+            return (-3 * torch.rand(B, T, generator=generator)).to(dtype)
+
+        return Captured({}, {}, mask_BT, logprobs_BT=nats_BT(), reference_logprobs_BT=nats_BT())
+    layers = layers_of(name)
 
     def random() -> dict[int, Tensor]:
-        return {k: torch.randn(B, T, D, generator=generator).to(dtype) for k in (1, 2)}
+        return {k: torch.randn(B, T, D, generator=generator).to(dtype) for k in layers}
 
-    acts = {layer: h_BTD.requires_grad_() for layer, h_BTD in random().items()}
+    acts, reference = random(), random()
     target_D = torch.rand(D, generator=generator)
     target_D /= target_D.norm()
-    norms = {1: 2.0, 2: 3.0}
-    return Captured(acts, random(), mask_BT, {1: target_D, 2: target_D}, norms)
+    norms = {k: 1.0 + k for k in layers}
+    directions = {k: _direction(k, generator) for k in layers}
+    return Captured(
+        acts,
+        reference,
+        mask_BT,
+        dict.fromkeys(layers, target_D),
+        norms,
+        directions if needs_of(name).probes != "none" else {},
+    )
 
 
-def leaves(forget: Captured, retain: Captured) -> list[Tensor]:
-    """Fresh leaves of all activations, in one order."""
-    return [*forget.acts.values(), *retain.acts.values()]
+def _direction(layer: int, generator: torch.Generator) -> Direction:
+    unit_D = torch.randn(D, generator=generator)
+    return Direction(unit_D / unit_D.norm(), -0.5, 0.4 + layer, 0.7, (0.6, 1.4)[layer - 1])
+
+
+def both(name: str, **settings: Any) -> tuple[Captured, Captured]:
+    """A forget and a retain batch."""
+    return batch(name, 0, **settings), replace(batch(name, 1, **settings), twin=None)
+
+
+def changed(
+    captured: Captured,
+    now: Callable[[Tensor, Tensor], Tensor],
+    then: Callable[[Tensor, Tensor], Tensor] = lambda tensor, _mask_BT: tensor,
+) -> Captured:
+    """The same batch, twin included, with functions of (tensor, mask) applied.
+
+    ``now`` is for the model's values, ``then`` for the original's and targets.
+    """
+    mask_BT = captured.mask_BT
+    logprobs_BT, reference_BT = captured.logprobs_BT, captured.reference_logprobs_BT
+    return replace(
+        captured,
+        acts={layer: now(t, mask_BT) for layer, t in captured.acts.items()},
+        reference={layer: then(t, mask_BT) for layer, t in captured.reference.items()},
+        target={layer: then(t, mask_BT) for layer, t in captured.target.items()},
+        logprobs_BT=None if logprobs_BT is None else now(logprobs_BT, mask_BT),
+        reference_logprobs_BT=None if reference_BT is None else then(reference_BT, mask_BT),
+        twin=None if captured.twin is None else changed(captured.twin, now, then),
+    )
 
 
 def gradients(name: str, forget: Captured, retain: Captured) -> tuple[Loss, list[Tensor]]:
-    """The loss, and its gradient to every activation that went in."""
-    sources = [a.detach().requires_grad_() for a in leaves(forget, retain)]
-    fresh = iter(sources)
-    forget = replace(forget, acts={layer: next(fresh) for layer in forget.acts})
-    retain = replace(retain, acts={layer: next(fresh) for layer in retain.acts})
-    loss = OBJECTIVES.get(name).part(forget, retain)
+    """The loss, and its gradient to every value of the model that went in."""
+    sources: list[Tensor] = []
+
+    def leaf(tensor: Tensor, _mask_BT: Tensor) -> Tensor:
+        sources.append(tensor.detach().clone().requires_grad_())
+        return sources[-1]
+
+    loss = OBJECTIVES.get(name).part(changed(forget, leaf), changed(retain, leaf))
     total = loss.total(forget_weight=1.0, retain_weight=2.0)
     total.backward()
     return loss, [a.grad if a.grad is not None else torch.zeros_like(a) for a in sources]
 
 
-def raw(captured: Captured, acts: dict[int, Tensor], **more: Any) -> Captured:
-    return replace(captured, acts=acts, **more)
-
-
 def spoiled(captured: Captured, value: float) -> Captured:
     """The same batch with ``value`` in every tensor under a false mask."""
 
-    def spoil(tensors: Any) -> dict[int, Tensor]:
-        return {
-            layer: torch.where(captured.mask_BT[..., None], t.detach(), value)
-            for layer, t in tensors.items()
-        }
+    def spoil(tensor: Tensor, mask_BT: Tensor) -> Tensor:
+        if tensor.ndim == 1:  # a target direction
+            tensor = tensor.expand(B, T, D)
+        where = mask_BT[..., None] if tensor.ndim == 3 else mask_BT
+        return torch.where(where, tensor, value)
 
-    target = {layer: u.expand(B, T, D) for layer, u in captured.target.items()}
-    return replace(
-        captured,
-        acts=spoil(captured.acts),
-        reference=spoil(captured.reference),
-        target=spoil(target),
-    )
+    return changed(captured, spoil, spoil)
 
 
 def rows(captured: Captured, low: int, high: int) -> Captured:
-    def part(tensors: Any) -> dict[int, Tensor]:
-        return {layer: t[low:high].detach() for layer, t in tensors.items()}
+    """Some texts of a batch."""
 
-    return replace(
-        captured,
-        acts=part(captured.acts),
-        reference=part(captured.reference),
-        mask_BT=captured.mask_BT[low:high],
-    )
+    def part(captured: Captured) -> Captured:
+        def some(tensor: Tensor, _mask_BT: Tensor) -> Tensor:
+            return tensor if tensor.ndim == 1 else tensor[low:high]
+
+        twin = None if captured.twin is None else part(captured.twin)
+        cut = changed(replace(captured, twin=None, mask_BT=MASK_BT), some, some)
+        return replace(cut, mask_BT=captured.mask_BT[low:high], twin=twin)
+
+    return part(captured)
 
 
 @every_objective

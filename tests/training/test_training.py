@@ -12,11 +12,13 @@ import torch
 
 import tiny
 from expunge.errors import ResourceError, TrainingError
-from expunge.model.boundaries import BoundaryStore
+from expunge.model.boundaries import BoundaryBatch, BoundaryStore
 from expunge.model.segment import Boundary
 from expunge.objectives import Captured, Loss
 from expunge.objectives.misdirection import rmu
+from expunge.training import seen
 from expunge.training.loop import Stage, TrainingResult
+from expunge.training.seen import Sight
 from expunge.training.state import TrainingState
 from expunge.training.tradeoff import Tradeoff, Weights
 
@@ -153,18 +155,18 @@ def test_a_constant_loss_cannot_have_taught_anything(bench: tiny.Bench) -> None:
 # ---- memory
 
 
-def limited(bench: tiny.Bench, rows: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """More than ``rows`` texts in the segment run out of memory; returns the sizes tried."""
-    tried: list[int] = []
-    real = bench.segment.forward
+def limited(rows: int, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """More than ``rows`` texts of a side run out of memory; returns the sizes tried of both."""
+    tried: list[tuple[int, int]] = []
+    real = Sight.forward
 
-    def forward(boundary: Boundary, ids_BT: Any, mask_BT: Any) -> Any:
-        tried.append(len(ids_BT))
-        if len(ids_BT) > rows:
+    def forward(self: Sight, forget: BoundaryBatch, retain: BoundaryBatch) -> Any:
+        tried.append((len(forget.ids_BT), len(retain.ids_BT)))
+        if max(tried[-1]) > rows:
             raise torch.OutOfMemoryError("CUDA out of memory (simulated)")
-        return real(boundary, ids_BT, mask_BT)
+        return real(self, forget, retain)
 
-    monkeypatch.setattr(bench.segment, "forward", forward)
+    monkeypatch.setattr(Sight, "forward", forward)
     return tried
 
 
@@ -181,10 +183,10 @@ def test_out_of_memory_halves_the_texts_and_goes_on(
     bench: tiny.Bench, monkeypatch: pytest.MonkeyPatch, objective: str, own: dict[str, Any]
 ) -> None:
     whole = bench.trainer(objective, objective_settings=own).run()
-    tried = limited(bench, 1, monkeypatch)
+    tried = limited(1, monkeypatch)
     pieces = bench.trainer(objective, objective_settings=own).run()
-    assert tried[:4] == [4, 2, 1, 1]
-    assert set(tried[2:]) == {1}  # the size that fits is kept
+    assert tried[:3] == [(4, 4), (2, 2), (1, 1)]
+    assert set(tried[2:]) == {(1, 1)}  # the size that fits is kept
     assert pieces.micro_batch_size == 1
     assert whole.micro_batch_size == 0
     assert_close(whole, pieces)
@@ -202,6 +204,27 @@ def test_accumulation_is_the_whole_batch(
     assert_close(whole, pieces)
 
 
+@pytest.mark.parametrize("rna_noise", [0.0, 0.1])
+def test_one_pass_for_both_sides_is_two(
+    bench: tiny.Bench, monkeypatch: pytest.MonkeyPatch, rna_noise: float
+) -> None:
+    passes: list[int] = []
+    real = bench.segment.forward
+
+    def forward(boundary: Boundary, ids_BT: Any, mask_BT: Any) -> Any:
+        passes.append(len(ids_BT))
+        return real(boundary, ids_BT, mask_BT)
+
+    monkeypatch.setattr(bench.segment, "forward", forward)
+    results = []
+    for share, expected in ((-1.0, {4}), (100.0, {8})):
+        monkeypatch.setattr(seen, "JOINED_PADDING", share)
+        passes.clear()
+        results.append(bench.trainer(rna_noise=rna_noise).run())
+        assert set(passes) == expected
+    assert_close(*results)
+
+
 def assert_close(one: TrainingResult, other: TrainingResult) -> None:
     for name, weight in one.weights.items():
         assert (weight - other.weights[name]).norm() <= 1e-5 * weight.norm()
@@ -214,10 +237,10 @@ def assert_close(one: TrainingResult, other: TrainingResult) -> None:
 def test_a_single_text_that_does_not_fit(
     bench: tiny.Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tried = limited(bench, 0, monkeypatch)
+    tried = limited(0, monkeypatch)
     with pytest.raises(ResourceError, match="single text at a time"):
         bench.trainer().run()
-    assert tried == [4, 2, 1]
+    assert tried == [(4, 4), (2, 2), (1, 1)]
 
 
 def test_a_step_is_divided_no_further_than_its_smaller_side(
@@ -226,11 +249,11 @@ def test_a_step_is_divided_no_further_than_its_smaller_side(
     one = BoundaryStore(bench.segment, tiny.texts(1), reference=True)
     one.compute()
     alone = tiny.Bench(bench.model, bench.segment, [one], bench.retain)
-    tried = limited(bench, 1, monkeypatch)
+    tried = limited(1, monkeypatch)
     with pytest.raises(ResourceError, match="1 forget and 4 retain texts at a time") as caught:
         alone.trainer().run()
     assert "batch_size" in caught.value.fix
-    assert tried == [1, 4]  # halving the retain texts would change nothing
+    assert tried == [(1, 4)]  # halving the retain texts would change nothing
 
 
 def test_another_error_is_not_taken_for_memory(bench: tiny.Bench) -> None:

@@ -50,19 +50,19 @@ def to_text(row: Row, field: str | None = None) -> Text:
         RowError: the row has none of the known columns, or no string there.
     """
     if field is not None:
-        return Text(_string(row, field))
+        return Text(string(row, field))
     if "text" in row:
-        parts = [_string(row, name) for name in ("title", "abstract") if row.get(name)]
-        return Text("\n".join([*parts, _string(row, "text")]))
+        parts = [string(row, name) for name in ("title", "abstract") if row.get(name)]
+        return Text("\n".join([*parts, string(row, "text")]))
     if _is_multiple_choice(row):
         raise RowError("a multiple-choice row, not a text: field= names one of its columns")
     if "question" in row and "answer" in row:
-        prompt = QUESTION_TEMPLATE.format(question=_string(row, "question"))
-        return Text(f"{prompt} {_string(row, 'answer')}", prompt_chars=len(prompt))
+        prompt = QUESTION_TEMPLATE.format(question=string(row, "question"))
+        return Text(f"{prompt} {string(row, 'answer')}", prompt_chars=len(prompt))
     for completion in ("completion", "response"):
         if "prompt" in row and completion in row:
-            prompt = _checked(row["prompt"], "prompt")
-            rest = _checked(row[completion], completion)
+            prompt = checked(row["prompt"], "prompt")
+            rest = checked(row[completion], completion)
             # The two are joined as they stand; a space goes between words that would touch.
             space = "" if prompt[-1].isspace() or rest[0].isspace() else " "
             return Text(f"{prompt}{space}{rest}".rstrip(), prompt_chars=len(prompt))
@@ -81,16 +81,16 @@ def to_question(row: Row) -> Question:
     """
     if "question" not in row:
         raise RowError("no question column")
-    prompt = QUESTION_TEMPLATE.format(question=_string(row, "question"))
+    prompt = QUESTION_TEMPLATE.format(question=string(row, "question"))
     if "perturbed_answer" in row:
         right = "paraphrased_answer" if row.get("paraphrased_answer") else "answer"
         wrong = _strings(row["perturbed_answer"], "perturbed_answer")
-        choices = _distinct((_string(row, right), *wrong))
-        return Question(prompt, choices, 0, _string(row, "answer"))
+        choices = _distinct((string(row, right), *wrong))
+        return Question(prompt, choices, 0, string(row, "answer"))
     if "choices" in row:
         choices = _strings(row["choices"], "choices")
     else:
-        choices = tuple(_string(row, letter) for letter in LETTERS if letter in row)
+        choices = tuple(string(row, letter) for letter in LETTERS if letter in row)
     if not choices:
         raise RowError("no choices")
     answer = _position(row, len(_distinct(choices)))
@@ -120,20 +120,24 @@ def _is_multiple_choice(row: Row) -> bool:
     return "choices" in row or {"A", "B", "answer"} <= row.keys()
 
 
-def _string(row: Row, field: str) -> str:
-    """The string of a column, without outer whitespace."""
-    return _checked(lookup(row, field), field).strip()
+def string(row: Row, field: str) -> str:
+    """The string of a column, without outer whitespace. Raises RowError if there is none."""
+    return checked(lookup(row, field), field).strip()
 
 
 def _strings(value: Any, field: str) -> tuple[str, ...]:
     """The strings of a list column, without outer whitespace."""
     if not isinstance(value, list | tuple):
         raise RowError(f"{field} is {_kind(value)}, not a list")
-    return tuple(_checked(one, f"{field}[{index}]").strip() for index, one in enumerate(value))
+    return tuple(checked(one, f"{field}[{index}]").strip() for index, one in enumerate(value))
 
 
-def _checked(value: Any, field: str) -> str:
-    """The value, if it is a string that holds something and can be written as UTF-8."""
+def checked(value: Any, field: str) -> str:
+    """The value, if it is a string that holds something and can be written as UTF-8.
+
+    Raises:
+        RowError: it is not; the reason calls it ``field``.
+    """
     if value is None or (isinstance(value, str) and not value.strip()):
         raise RowError(f"no {field}", malformed=False)
     if not isinstance(value, str):

@@ -1,8 +1,11 @@
-"""Read texts and questions from files, folders and the Hugging Face hub.
+"""Read texts, questions, pairs and labelled texts from files, folders and the Hugging Face hub.
 
     read_texts("forget.jsonl")                     text, question + answer, prompt + completion, …
     read_texts("train.csv", field="comment_text")  any column, nested ones with a dot
     read_questions("mmlu.csv")                     MMLU, WMDP and TOFU columns
+    read_pairs("paradetox.tsv")                    toxic and neutral wordings of one content
+    read_labelled("jigsaw.csv")                    texts that are toxic or not
+    read_prompts("prompts.jsonl")                  RealToxicityPrompts, or a prompt a line
 
 Real files have bad rows. They are skipped, counted and named with their reason, never lost in
 silence; a file with more bad rows than good ones is the wrong file and raises.
@@ -19,6 +22,14 @@ from typing import Generic, NoReturn, TypeVar
 
 from expunge.data import tables
 from expunge.data.formats import READERS, NumberedRow, decode
+from expunge.data.manners import (
+    LABELLED_COLUMNS,
+    PAIR_COLUMNS,
+    PROMPT_COLUMNS,
+    to_labelled,
+    to_pair,
+    to_prompt,
+)
 from expunge.data.rows import (
     QUESTION_COLUMNS,
     TEXT_COLUMNS,
@@ -29,7 +40,7 @@ from expunge.data.rows import (
     to_question,
     to_text,
 )
-from expunge.data.text import Question, Text
+from expunge.data.text import Labelled, Pair, Question, Text
 from expunge.errors import DataError, RecipeError
 from expunge.files import local_path
 
@@ -62,10 +73,11 @@ class Loaded(Generic[T]):
     """What was read, and what was not.
 
     Attributes:
-        items: texts or questions, in the order of the source.
+        items: what was read, in the order of the source.
         source: the path or the hub name as it was given.
         sha256: of the file's bytes; of the rows as sorted JSON lines for a folder or a hub name.
-        skipped: rows that were not used. With a limit, only those met before it was reached.
+        skipped: rows that were not used. With a limit, only those met before it was reached. Of a
+            row that holds two labelled texts each counts.
     """
 
     items: tuple[T, ...]
@@ -115,6 +127,52 @@ def read_questions(source: str | Path, *, limit: int | None = None) -> Loaded[Qu
     return _read(source, to_question, limit, QUESTION_COLUMNS, with_field=False)
 
 
+def read_pairs(source: str | Path) -> Loaded[Pair]:
+    """Read toxic texts with their neutral wordings, the first neutral one of each row.
+
+    Rows with an empty side, with equal sides and repeated pairs are counted as skipped.
+
+    Raises:
+        DataError: as for `read_texts`.
+    """
+    return _read(source, to_pair, None, PAIR_COLUMNS, with_field=False)
+
+
+def read_labelled(
+    source: str | Path, *, field: str | None = None, threshold: float = 0.5
+) -> Loaded[Labelled]:
+    """Read texts that are toxic or not; whether both classes are there is for the user to check.
+
+    Args:
+        source: as for `read_texts`.
+        field: the column of the text, its label beside it; None: known columns.
+        threshold: ratings from it on, on a scale from 0 to 1, count as toxic.
+
+    Raises:
+        DataError: as for `read_texts`.
+        RecipeError: ``threshold`` is not above 0 and at most 1.
+    """
+    if not 0 < threshold <= 1:
+        raise RecipeError(
+            what="threshold is out of range",
+            got=str(threshold),
+            allowed="a number above 0, at most 1",
+            fix="leave threshold out for its default, 0.5",
+        )
+    return _read_each(
+        source, lambda row: to_labelled(row, field, threshold), None, LABELLED_COLUMNS
+    )
+
+
+def read_prompts(source: str | Path) -> Loaded[Text]:
+    """Read texts to be continued; exact duplicates are dropped and counted as skipped.
+
+    Raises:
+        DataError: as for `read_texts`.
+    """
+    return _read(source, to_prompt, None, PROMPT_COLUMNS, with_field=False)
+
+
 def _read(
     source: str | Path,
     make: Callable[[Row], T],
@@ -123,6 +181,19 @@ def _read(
     *,
     with_field: bool,
 ) -> Loaded[T]:
+    """Read a source of which each row is one item."""
+    return _read_each(source, lambda row: [make(row)], limit, expected, with_field=with_field)
+
+
+def _read_each(
+    source: str | Path,
+    make: Callable[[Row], Iterable[T | RowError]],
+    limit: int | None,
+    expected: str,
+    *,
+    with_field: bool = False,
+) -> Loaded[T]:
+    """Read a source of which a row may be several items, each good or not on its own."""
     if limit is not None:
         _at_least_one("limit", limit)
     name = str(source)
@@ -132,23 +203,35 @@ def _read(
     malformed = 0
     sample: Row = {}
     for number, row in rows:
-        try:
-            if isinstance(row, RowError):
-                raise row
+        if not isinstance(row, RowError):
             sample = sample or row
-            item = make(row)
-            if item in first_row_of:
-                raise RowError(f"duplicate of row {first_row_of[item]}", malformed=False)
-            first_row_of[item] = number
-        except RowError as error:
-            malformed += error.malformed
-            skipped.append(Skipped(number, error.reason))
+        for item in _items(row, make):
+            error = item
+            if not isinstance(item, RowError) and item in first_row_of:
+                error = RowError(f"duplicate of row {first_row_of[item]}", malformed=False)
+            if isinstance(error, RowError):
+                malformed += error.malformed
+                skipped.append(Skipped(number, error.reason))
+            else:
+                first_row_of[error] = number
         if len(first_row_of) == limit:
             break
     read = len(first_row_of) + len(skipped)
     if not first_row_of or 2 * malformed > read:
         _refuse(name, read, malformed, skipped, sample, expected, with_field)
     return Loaded(tuple(first_row_of), name, digest, tuple(skipped))
+
+
+def _items(
+    row: Row | RowError, make: Callable[[Row], Iterable[T | RowError]]
+) -> Iterator[T | RowError]:
+    """What one row holds: items, and the errors of those that cannot be used."""
+    try:
+        if isinstance(row, RowError):
+            raise row
+        yield from make(row)
+    except RowError as error:
+        yield error
 
 
 def _open(name: str) -> tuple[Iterable[NumberedRow], str]:

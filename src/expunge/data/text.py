@@ -1,10 +1,12 @@
-"""The two kinds of data the package works with: texts and questions.
+"""The kinds of data the package works with: texts, questions, pairs of wordings, labelled texts.
 
-Both are frozen values, made by `expunge.data.sources` and split by `expunge.data.splits`.
+All are frozen values, made by `expunge.data.sources` and split by `expunge.data.splits`.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 QUESTION_TEMPLATE = "Question: {question}\nAnswer:"
@@ -73,6 +75,26 @@ class Pair:
         """The toxic wording: its other paraphrases belong to the same split."""
         return self.toxic
 
+    @property
+    def opening(self) -> str:
+        """The words that both wordings begin with, as the neutral one writes them; '' if none.
+
+        Words end at whitespace and are compared casefolded. The opening is a prefix of
+        ``neutral``, all of it where the toxic wording only adds to its end.
+        """
+        end = 0
+        words = zip(_words(self.toxic), _words(self.neutral), strict=False)
+        for toxic, neutral in words:
+            if toxic[0].casefold() != neutral[0].casefold():
+                break
+            end = neutral.end()
+        return self.neutral[:end]
+
+    @property
+    def after_opening(self) -> Text:
+        """The neutral wording, of which only what follows the opening is measured."""
+        return Text(self.neutral, prompt_chars=len(self.opening))
+
 
 @dataclass(frozen=True)
 class Labelled:
@@ -85,3 +107,7 @@ class Labelled:
     def content(self) -> str:
         """The text alone: one text under two labels is still one text."""
         return self.text
+
+
+def _words(text: str) -> Iterator[re.Match[str]]:
+    return re.finditer(r"\S+", text)

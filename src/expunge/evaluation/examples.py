@@ -25,6 +25,8 @@ class Examples:
         chance: what guessing reaches, where that is known.
         skipped: examples that could not be scored; they are missing, not zero.
         reason: why some, or all, are missing.
+        scorer: what judged the texts, for values that rest on a judgement.
+        prompts: the set of prompts that was continued, for values of continuations.
     """
 
     name: str
@@ -35,6 +37,13 @@ class Examples:
     chance: float | None = None
     skipped: int = 0
     reason: str | None = None
+    scorer: str | None = None
+    prompts: str | None = None
+
+    @property
+    def key(self) -> str:
+        """``toxicity_rate/openings/tfidf``; the name alone where nothing else tells them apart."""
+        return "/".join(part for part in (self.name, self.prompts, self.scorer) if part)
 
 
 def collect(
@@ -45,6 +54,8 @@ def collect(
     higher_is: HigherIs,
     chance: float | None = None,
     reason: str,
+    scorer: str | None = None,
+    prompts: str | None = None,
 ) -> Examples:
     """`Examples` of ``(value, weight)`` pairs; None and non-finite values count as skipped.
 
@@ -62,6 +73,8 @@ def collect(
         chance=chance if kept else None,
         skipped=skipped,
         reason=f"{skipped} of {len(given)} skipped: {reason}" if skipped else None,
+        scorer=scorer,
+        prompts=prompts,
     )
 
 

@@ -78,6 +78,23 @@ def whole_logprobs(model: PreTrainedModel, rows: Sequence[Row]) -> list[float]:
     return [float(total) for total in totals_B.tolist()]
 
 
+def logprobs_after(
+    model: PreTrainedModel, rows: Sequence[Row], kept: Sequence[Sequence[int]]
+) -> list[torch.Tensor]:
+    """Log-probabilities of every next token after the positions ``kept`` of each row.
+
+    Returns:
+        logprobs_KV for each row, float32 on the model's device.
+    """
+    ids_BT, real_BT = _pad([row.ids for row in rows], model.device)
+    every_T = torch.arange(ids_BT.shape[1], device=model.device)
+    logits_BTV = _logits(model, ids_BT, real_BT, every_T)
+    return [
+        logits_TV[list(positions)].float().log_softmax(-1)
+        for logits_TV, positions in zip(logits_BTV, kept, strict=True)
+    ]
+
+
 def _following(
     model: PreTrainedModel,
     sequences: Sequence[Sequence[int]],

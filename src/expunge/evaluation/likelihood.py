@@ -60,7 +60,7 @@ def score(
     if on_progress and (idle := prepared.rows - sum(len(job) for job in jobs)):
         on_progress(idle)
     at = 0
-    with _evaluating(model), torch.inference_mode():
+    with evaluating(model), torch.inference_mode():
         while at < len(jobs):
             batch = _take(jobs[at:], batch_size)
             places = [place for job in batch for place, _ in job]
@@ -135,7 +135,7 @@ def _take(jobs: Sequence[Job], batch_size: int) -> list[Job]:
 
 
 @contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
     """Dropout off inside the block; afterwards each module's flag as it was."""
     flags = [(module, module.training) for module in model.modules()]
     model.eval()

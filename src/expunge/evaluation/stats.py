@@ -77,6 +77,8 @@ def to_score(examples: Examples, *, model: ModelRole, split: Split) -> Score:
         unit=examples.unit,
         chance=examples.chance,
         reason=reason if value is None else None,
+        scorer=examples.scorer,
+        prompts=examples.prompts,
     )
 
 
@@ -97,15 +99,28 @@ def bootstrap(
     The same ``seed`` and number of examples give the same resamplings, so models measured on the
     same examples are resampled alike. Below about 20 skewed examples it covers less than it says.
     """
+    return percentiles(resampled(values, weights, seed=seed), len(values))
+
+
+def resampled(
+    values: NDArray[np.float64], weights: NDArray[np.float64], *, seed: int = 0
+) -> NDArray[np.float64]:
+    """The weighted means of 2,000 resamplings of the examples; NaN where no weight was drawn."""
     n = len(values)
     generator = np.random.default_rng(seed)
     means: list[NDArray[np.float64]] = []
     block = max(1, BLOCK // n)
     for start in range(0, DRAWS, block):
         drawn = generator.integers(0, n, (min(block, DRAWS - start), n))
-        means.append((weights * values)[drawn].sum(1) / weights[drawn].sum(1))
+        with np.errstate(invalid="ignore"):
+            means.append((weights * values)[drawn].sum(1) / weights[drawn].sum(1))
+    return np.concatenate(means)
+
+
+def percentiles(draws: NDArray[np.float64], n: int) -> Interval:
+    """The expanded percentile interval of resampled numbers that rest on ``n`` ≥ 2 examples."""
     tail = ndtr(math.sqrt(n / (n - 1)) * stdtrit(n - 1, TAIL))
-    low, high = np.quantile(np.concatenate(means), [tail, 1 - tail])
+    low, high = np.nanquantile(draws, [tail, 1 - tail])
     return float(low), float(high)
 
 

@@ -18,6 +18,8 @@ from expunge.records import ModelRole, Score, Split
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+ORDER = ("forget_accuracy", "retain_accuracy", "forget_nll", "retain_nll", "perplexity")
+
 
 @dataclass(frozen=True)
 class Side:
@@ -78,7 +80,7 @@ class Suite:
     """
 
     split: Split
-    forget: Side
+    forget: Side | None
     retain: Side
     perplexity_texts: Prepared
     question_batch: int = 128
@@ -96,6 +98,7 @@ class Suite:
         forget_texts: Sequence[Text] = (),
         retain_texts: Sequence[Text] = (),
         perplexity_texts: Sequence[Text] = (),
+        forget: bool = True,
         question_batch: int = 128,
         text_batch: int = 16,
     ) -> Suite:
@@ -103,10 +106,13 @@ class Suite:
 
         Args:
             max_tokens: texts are cut there; longer questions are skipped, and counted as skipped.
+            forget: whether there is a forget side at all; without it, no score of it.
         """
         return cls(
             split=split,
-            forget=Side.build("forget", tokenizer, forget_questions, forget_texts, max_tokens),
+            forget=Side.build("forget", tokenizer, forget_questions, forget_texts, max_tokens)
+            if forget
+            else None,
             retain=Side.build("retain", tokenizer, retain_questions, retain_texts, max_tokens),
             perplexity_texts=prepare_texts(tokenizer, perplexity_texts, max_tokens=max_tokens),
             question_batch=question_batch,
@@ -116,7 +122,8 @@ class Suite:
     @property
     def rows(self) -> int:
         """What the `OnProgress` counts of one `measure` add up to."""
-        return self.forget.prepared.rows + self.retain.prepared.rows + self.perplexity_texts.rows
+        forget = self.forget.prepared.rows if self.forget else 0
+        return forget + self.retain.prepared.rows + self.perplexity_texts.rows
 
     def measure(
         self, model: PreTrainedModel, role: ModelRole, on_progress: OnProgress | None = None
@@ -124,13 +131,16 @@ class Suite:
         """The scores of one model, and the examples behind them by name.
 
         ``forget_accuracy`` (higher is worse), ``retain_accuracy`` (better), ``forget_nll`` (better:
-        more is forgotten), ``retain_nll`` and ``perplexity`` (worse), always these five. Both nll
-        are taken on the questions' true wordings where there are questions, else on the texts.
+        more is forgotten), ``retain_nll`` and ``perplexity`` (worse), always these five, or the
+        three of them that a suite without a forget side has. Both nll are taken on the questions'
+        true wordings where there are questions, else on the texts.
         """
-        forget_accuracy, forget_nll = self.forget.measure(
-            model, self._batch(self.forget), on_progress, accuracy_is="worse", nll_is="better"
-        )
-        retain_accuracy, retain_nll = self.retain.measure(
+        examples: list[Examples] = []
+        if self.forget:
+            examples += self.forget.measure(
+                model, self._batch(self.forget), on_progress, accuracy_is="worse", nll_is="better"
+            )
+        examples += self.retain.measure(
             model, self._batch(self.retain), on_progress, accuracy_is="better", nll_is="worse"
         )
         fluency = missing(
@@ -141,7 +151,7 @@ class Suite:
             fluency = perplexity(
                 score(model, texts, batch_size=self.text_batch, on_progress=on_progress)
             )
-        examples = [forget_accuracy, retain_accuracy, forget_nll, retain_nll, fluency]
+        examples = sorted([*examples, fluency], key=lambda one: ORDER.index(one.name))
         scores = [to_score(one, model=role, split=self.split) for one in examples]
         return scores, {one.name: one for one in examples}
 

@@ -44,6 +44,38 @@ class BoundaryBatch:
     ids_BT: Tensor
     mask_BT: Tensor
 
+    @property
+    def size(self) -> int:
+        """Tokens, padding included."""
+        return self.ids_BT.numel()
+
+
+def joined(one: BoundaryBatch, other: BoundaryBatch) -> BoundaryBatch:
+    """The rows of both, padded to one width; the references are left out."""
+    width = max(one.ids_BT.shape[1], other.ids_BT.shape[1])
+
+    def stack(a: Tensor, b: Tensor) -> Tensor:
+        return torch.cat([_widened(a, width), _widened(b, width)])
+
+    a, b = one.boundary, other.boundary
+    residual_BTD = None
+    if a.residual_BTD is not None and b.residual_BTD is not None:
+        residual_BTD = stack(a.residual_BTD, b.residual_BTD)
+    return BoundaryBatch(
+        Boundary(stack(a.input_BTI, b.input_BTI), residual_BTD, {}),
+        stack(one.ids_BT, other.ids_BT),
+        stack(one.mask_BT, other.mask_BT),
+    )
+
+
+def _widened(tensor: Tensor, width: int) -> Tensor:
+    """Zeros on the right, up to ``width`` tokens."""
+    missing = width - tensor.shape[1]
+    if not missing:
+        return tensor
+    zeros = tensor.new_zeros(tensor.shape[0], missing, *tensor.shape[2:])
+    return torch.cat([tensor, zeros], dim=1)
+
 
 class BoundaryStore:
     """The boundaries of some texts at one cut.

@@ -4,7 +4,8 @@ The model is cut at the trained layers, first to last:
 
     prefix   everything before the first trained product; no gradient; once per text
     segment  from that product to the deepest layer an objective reads; every step
-    suffix   everything above; never run, and never loaded when the model is opened truncated
+    suffix   everything above; never run, and never loaded when the model is opened truncated,
+             unless the objective reads log-probabilities, which takes all layers and the head
 
 A layer's projection is the last product of its layer, so even the first trained layer's attention
 and gate/up belong to the prefix. What crosses the cut is a **boundary**: the projection's input
@@ -26,9 +27,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, pad
 
-from expunge.errors import RecipeError, TrainingError
+from expunge.errors import ModelError, RecipeError, TrainingError
 from expunge.model.structure import Structure, stop, stopping
+
+
+# Stands among captured layers for the head's output: the log-probability of each token given those
+# before it, in nats, of shape BT1; 0 at the first token, which nothing predicts.
+LOGPROBS = -1
 
 
 @dataclass(frozen=True)
@@ -78,11 +85,13 @@ class Segment:
         model: a Hugging Face causal LM, with or without head, whole or opened truncated.
         structure: of the same model.
         trained: 0-based layers whose projection is trained.
-        captured: 0-based layers whose output the objective reads.
+        captured: 0-based layers whose output the objective reads; or `LOGPROBS` alone, for
+            a model with its head.
 
     Raises:
         RecipeError: a layer is out of range, or no trained layer can move a captured one, or one
             trained moves none.
+        ModelError: log-probabilities are read of a model without head.
     """
 
     def __init__(
@@ -95,6 +104,7 @@ class Segment:
     ) -> None:
         self.model, self.structure = model, structure
         self.trained, self.captured = tuple(sorted(set(trained))), tuple(sorted(set(captured)))
+        self.reads_logprobs = self.captured == (LOGPROBS,)
         self._check_layers()
         self.first, self.last = self.trained[0], self.captured[-1]
         names = {layer: structure.weight_name(layer) for layer in self.trained}
@@ -105,7 +115,8 @@ class Segment:
 
     def _check_layers(self) -> None:
         n = self.structure.n_layers
-        wrong = [layer for layer in (*self.trained, *self.captured) if not 0 <= layer < n]
+        read = () if self.reads_logprobs else self.captured
+        wrong = [layer for layer in (*self.trained, *read) if not 0 <= layer < n]
         if wrong or not self.trained or not self.captured:
             raise RecipeError(
                 what="A layer is out of range",
@@ -113,6 +124,15 @@ class Segment:
                 allowed=f"0 to {n - 1}",
                 fix="set --layer within the range, or --layer auto",
             )
+        if self.reads_logprobs:
+            if self.structure.head is None:
+                raise ModelError(
+                    what="Log-probabilities are read of a model without its head",
+                    got=f"{type(self.model).__name__} with {n} layers",
+                    allowed="a causal language model with all layers and its output embedding",
+                    fix="open the whole model, without a number of layers",
+                )
+            return
         if self.trained[-1] > self.captured[-1]:
             raise RecipeError(
                 what="A trained layer lies above every layer that the objective reads",
@@ -170,7 +190,7 @@ class Segment:
             if reference:
                 stack.enter_context(self._capturing(references))
             with stopping():
-                self._backbone_forward(ids_BT, mask_BT)
+                references |= self._model_forward(ids_BT, mask_BT)
             if recover_residual:
                 seen["residual"] = seen["output"] - self._tail(seen["input"])
         needed = {"input"} | ({"residual"} if cut_at_product else set())
@@ -213,7 +233,7 @@ class Segment:
                 stack.enter_context(_hook(handle))
             stack.enter_context(self._capturing(captured))
             with stopping():
-                self._backbone_forward(ids_BT, mask_BT)
+                captured |= self._model_forward(ids_BT, mask_BT)
         return captured
 
     @contextmanager
@@ -235,10 +255,15 @@ class Segment:
             for parameter, flag in before:
                 parameter.requires_grad_(flag)
 
-    def _backbone_forward(self, ids_BT: Tensor, mask_BT: Tensor) -> None:
+    def _model_forward(self, ids_BT: Tensor, mask_BT: Tensor) -> dict[int, Tensor]:
+        """Run the model; what its head says, if that is read."""
         # Without padding no mask is passed: attention kernels are then free to be causal only.
         mask = None if bool(mask_BT.all()) else mask_BT.long()
-        self.structure.backbone(input_ids=ids_BT, attention_mask=mask, use_cache=False)
+        if not self.reads_logprobs:
+            self.structure.backbone(input_ids=ids_BT, attention_mask=mask, use_cache=False)
+            return {}
+        logits_BTV = self.model(input_ids=ids_BT, attention_mask=mask, use_cache=False).logits
+        return {LOGPROBS: _token_logprobs(logits_BTV, ids_BT)}
 
     def _first_projection(self) -> nn.Module:
         return self.structure.projection_of(self.first)
@@ -270,7 +295,7 @@ class Segment:
             return see
 
         with ExitStack() as stack:
-            for index in self.captured:
+            for index in () if self.reads_logprobs else self.captured:
                 layer = self.structure.layers[index]
                 stack.enter_context(_hook(layer.register_forward_hook(capture_at(index))))
             yield
@@ -282,6 +307,13 @@ class Segment:
                 allowed=f"activations after layers {self.captured}",
                 fix="report the architecture; open the model without compilation",
             )
+
+
+def _token_logprobs(logits_BTV: Tensor, ids_BT: Tensor) -> Tensor:
+    """Log-probability of each token given those before it, shape BT1; 0 at the first."""
+    predicted = logits_BTV[:, :-1].float().flatten(0, 1)
+    nll = cross_entropy(predicted, ids_BT[:, 1:].flatten(), reduction="none")
+    return pad(-nll.view(len(ids_BT), -1), (1, 0))[..., None]
 
 
 @contextmanager

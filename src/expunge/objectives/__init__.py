@@ -1,15 +1,26 @@
 """Objectives: pure losses. Importing the package registers all of them."""
 
-from expunge.objectives import misdirection, rerouting
-from expunge.objectives.base import OBJECTIVES, Activations, Captured, Loss, objective, settings_of
+from expunge.objectives import likelihood, misdirection, probes, rerouting
+from expunge.objectives.base import (
+    OBJECTIVES,
+    Activations,
+    Captured,
+    Direction,
+    Logprobs,
+    Loss,
+    objective,
+)
 
 __all__ = [
     "OBJECTIVES",
     "Activations",
     "Captured",
+    "Direction",
+    "Logprobs",
     "Loss",
+    "likelihood",
     "misdirection",
     "objective",
+    "probes",
     "rerouting",
-    "settings_of",
 ]

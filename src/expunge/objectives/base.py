@@ -6,17 +6,15 @@ needs, and the engine cuts the model accordingly. Shapes: B batch, T tokens, D h
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from expunge.errors import RecipeError
 from expunge.objectives.targets import TargetKind
-from expunge.registry import Entry, Registry, nearest
+from expunge.registry import Registry
 
 
 @dataclass(frozen=True)
@@ -27,24 +25,79 @@ class Activations:
 
     Attributes:
         forget_reference: also give the original activations of the forget texts.
+        probes: read the layers whose probe passes (``many``) or the best of them (``one``), and
+            give their directions; ``none``: read the recipe's layer.
+        twin: also give each forget text's other wording, so the data must be paired.
     """
 
     forget_reference: bool = False
+    probes: Literal["none", "many", "one"] = "none"
+    twin: bool = False
+
+
+@dataclass(frozen=True)
+class Logprobs:
+    """An objective's need: log-probabilities of the texts, now and under the original model.
+
+    The whole model is run, head included, with gradients from the first trained layer on. The
+    original's are computed once, before the first step. The forget term is a mean over texts, the
+    retain term over tokens.
+
+    Attributes:
+        twin: as for `Activations`.
+    """
+
+    twin: bool = False
+
+    @property
+    def forget_reference(self) -> bool:
+        """Always given."""
+        return True
+
+    @property
+    def probes(self) -> Literal["none"]:
+        """Log-probabilities are read, no layers."""
+        return "none"
+
+
+Needs = Activations | Logprobs
+
+
+@dataclass(frozen=True)
+class Direction:
+    """What a probe found at one layer, as an objective sees it.
+
+    Attributes:
+        unit_D: unit direction, from neutral to toxic.
+        neutral, toxic: mean projection of each class's tokens on it.
+        spread: standard deviation of the projections within the classes.
+        weight: of this layer among those read; the weights have mean 1.
+    """
+
+    unit_D: Tensor
+    neutral: float
+    toxic: float
+    spread: float
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
 class Captured:
-    """The activations of one batch of forget or retain texts.
+    """What an objective sees of one batch of forget or retain texts.
 
-    Activations under a false mask are replaced by zeros, so that nothing there, not even NaN,
-    reaches a loss or, as 0·NaN, a gradient.
+    Values under a false mask are replaced by zeros, so that nothing there, not even NaN, reaches
+    a loss or, as 0·NaN, a gradient.
 
     Attributes:
-        acts: layer -> activations BTD, with gradient.
+        acts: layer -> activations BTD, with gradient; empty for log-probability objectives.
         reference: layer -> original activations BTD, no gradient; empty if not needed.
         mask_BT: true where a token counts.
         target: unit target directions u, layer -> D or BTD; empty for retain texts.
         first_norm: layer -> mean norm of the original activations of the first forget batch.
+        directions: layer -> what its probe found; empty if not needed.
+        logprobs_BT: log-probability in nats of each token given those before it, with gradient.
+        reference_logprobs_BT: the original model's.
+        twin: the other wordings of the same texts, row by row; None if not needed.
     """
 
     acts: Mapping[int, Tensor]
@@ -52,11 +105,19 @@ class Captured:
     mask_BT: Tensor
     target: Mapping[int, Tensor] = field(default_factory=dict)
     first_norm: Mapping[int, float] = field(default_factory=dict)
+    directions: Mapping[int, Direction] = field(default_factory=dict)
+    logprobs_BT: Tensor | None = None
+    reference_logprobs_BT: Tensor | None = None
+    twin: Captured | None = None
 
     def __post_init__(self) -> None:
         mask_BT1 = self.mask_BT[..., None]
         acts = {layer: torch.where(mask_BT1, h_BTD, 0) for layer, h_BTD in self.acts.items()}
         object.__setattr__(self, "acts", acts)
+        for name in ("logprobs_BT", "reference_logprobs_BT"):
+            value_BT = getattr(self, name)
+            if value_BT is not None:
+                object.__setattr__(self, name, torch.where(self.mask_BT, value_BT, 0))
 
 
 @dataclass(frozen=True)
@@ -92,7 +153,7 @@ def objective(
     *,
     source: str,
     deviations: str,
-    needs: Activations,
+    needs: Needs,
     retain_weight: float,
     target: TargetKind = "positive",
 ) -> Callable[[Objective], Objective]:
@@ -114,35 +175,6 @@ def objective(
         retain_weight=retain_weight,
         target=target,
     )
-
-
-def settings_of(entry: Entry[Objective], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The objective's keyword settings with defaults filled in.
-
-    Raises:
-        RecipeError: a key that the objective does not have, with the nearest one.
-    """
-    parameters = inspect.signature(entry.part).parameters.values()
-    defaults = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
-    for key, value in given.items():
-        if key not in defaults:
-            raise RecipeError(
-                what=f"Objective {entry.name} has no setting of that name",
-                got=repr(key),
-                allowed=", ".join(defaults) or "no settings",
-                fix=nearest(key, defaults),
-            )
-        wanted = type(defaults[key])
-        # A whole number will do for a float; bool, which Python calls an int, is no number here.
-        kinds = (int, float) if wanted is float else wanted
-        if isinstance(value, bool) is not (wanted is bool) or not isinstance(value, kinds):
-            raise RecipeError(
-                what=f"Setting {key} of objective {entry.name} is of the wrong kind",
-                got=f"{value!r} ({type(value).__name__})",
-                allowed=f"{wanted.__name__}, for example {defaults[key]!r}",
-                fix=f"set objective_settings.{key} to a {wanted.__name__}",
-            )
-    return {**defaults, **given}
 
 
 def mean_over_layers(values: list[Tensor]) -> Tensor:

@@ -1,13 +1,10 @@
-"""The one training loop: plain, resumable, and suspicious of its own success.
-
-Shapes: B batch, T tokens, D hidden size.
-"""
+"""The one training loop: plain, resumable, and suspicious of its own success."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,23 +13,22 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from expunge.data.tokens import training_batches
 from expunge.errors import ResourceError, TrainingError
-from expunge.model.boundaries import BoundaryBatch, BoundaryStore
+from expunge.model.boundaries import BoundaryStore
 from expunge.model.memory import is_out_of_memory
 from expunge.model.segment import Segment
-from expunge.objectives.base import Captured, Loss, Objective
-from expunge.objectives.retain import add_noise
+from expunge.objectives.base import Activations, Direction, Loss, Needs, Objective
 from expunge.objectives.targets import TargetKind, Targets
 from expunge.training.checks import check_finite, check_moved, check_varies, is_finite
 from expunge.training.log import StepLog, append_step, read_losses, write_losses
+from expunge.training.seen import FirstToken, Order, Sight, share
 from expunge.training.state import Optimiser, TrainingState
 from expunge.training.tradeoff import Tradeoff
 
+WITH_REFERENCE = Activations(forget_reference=True)
 # Steps between looks at what an objective watches besides its loss.
 WATCH_EVERY = 5
 
-FirstToken = Literal["retain", "both", "neither"]
 LrSchedule = Literal["linear", "constant"]
 
 
@@ -95,29 +91,6 @@ class Stage:
     context: str = ""
 
 
-class _Order:
-    """Which texts make the batch of a step: epoch after epoch, a new shuffle for each."""
-
-    def __init__(self, store: BoundaryStore, batch_size: int, seed: int) -> None:
-        self.lengths = [len(ids) for ids in store.texts]
-        self.batch_size, self.seed = batch_size, seed
-        self._epochs: dict[int, list[tuple[int, ...]]] = {}
-
-    def batch(self, number: int) -> tuple[int, ...]:
-        per_epoch = len(self._epoch(0))
-        return self._epoch(number // per_epoch)[number % per_epoch]
-
-    def _epoch(self, epoch: int) -> list[tuple[int, ...]]:
-        if epoch not in self._epochs:
-            self._epochs[epoch] = training_batches(
-                len(self.lengths),
-                batch_size=self.batch_size,
-                seed=self.seed * 100_003 + epoch,
-                lengths=self.lengths,
-            )
-        return self._epochs[epoch]
-
-
 class Trainer:
     """One run over prepared boundaries.
 
@@ -128,8 +101,10 @@ class Trainer:
         objective: a registered objective with its settings bound: ``(forget, retain) -> Loss``.
         tradeoff: weighs the two terms.
         settings: of the run.
-        forget_reference: whether the objective is given the original activations of forget texts;
-            the forget stores must then hold them.
+        needs: what the objective is given; forget stores must hold references that it asks for.
+        twins: a computed store of the forget texts' other wordings, index by index; only with one
+            topic.
+        directions: layer -> what its probe found.
     """
 
     def __init__(
@@ -141,17 +116,27 @@ class Trainer:
         objective: Objective,
         tradeoff: Tradeoff,
         settings: TrainingSettings,
-        forget_reference: bool = True,
+        needs: Needs = WITH_REFERENCE,
+        twins: BoundaryStore | None = None,
+        directions: Mapping[int, Direction] | None = None,
     ) -> None:
         self.segment, self.forget, self.retain = segment, forget, retain
         self.objective, self.tradeoff, self.settings = objective, tradeoff, settings
-        self.forget_reference = forget_reference
-        self.targets = Targets(settings.target, settings.seed, segment.structure.hidden_size)
+        self.sight = Sight(
+            segment,
+            forget,
+            retain,
+            needs,
+            Targets(settings.target, settings.seed, segment.structure.hidden_size),
+            settings.first_token,
+            settings.rna_noise,
+            twins,
+            directions or {},
+        )
         self.micro_batch_size = settings.micro_batch_size
-        order = partial(_Order, batch_size=settings.batch_size)
+        order = partial(Order, batch_size=settings.batch_size)
         self._forget_order = [order(store, seed=settings.seed) for store in forget]
         self._retain_order = order(retain, seed=settings.seed + 1)
-        self._first_norm: dict[int, float] = {}
 
     def run(
         self,
@@ -203,8 +188,8 @@ class Trainer:
         topic = step % len(self.forget)
         forget = self._forget_order[topic].batch(step // len(self.forget))
         retain = self._retain_order.batch(step)
-        if step == 0 and self.forget_reference:
-            self._first_norm = self._mean_norms(topic, forget)
+        if step == 0:
+            self.sight.remember_norms(topic, forget)
         while True:
             optimiser.zero_grad()
             try:
@@ -242,15 +227,14 @@ class Trainer:
         pieces = self._pieces(len(forget), len(retain))
         weights = self.tradeoff.at(step, self.settings.steps)
         noise = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + step)
-        forget_tokens = self._count(self.forget[topic], forget, "forget")
-        retain_tokens = self._count(self.retain, retain, "retain")
         totals: dict[str, float] = {}
         for piece in range(pieces):
-            forget_part = self._captured(topic, _share(forget, piece, pieces))
-            retain_part = self._captured(None, _share(retain, piece, pieces), noise)
+            forget_part, retain_part = self.sight.of(
+                topic, share(forget, piece, pieces), share(retain, piece, pieces), noise
+            )
             loss: Loss = self.objective(forget_part, retain_part)
-            forget_share = int(forget_part.mask_BT.sum()) / forget_tokens
-            retain_share = int(retain_part.mask_BT.sum()) / retain_tokens
+            forget_share = self.sight.forget_share(forget_part, topic, forget)
+            retain_share = int(retain_part.mask_BT.sum()) / self.sight.count(None, retain)
             total = loss.total(
                 forget_weight=weights.forget * forget_share,
                 retain_weight=weights.retain * retain_share,
@@ -265,51 +249,6 @@ class Trainer:
             for key, value in found.items():
                 totals[key] = totals.get(key, 0.0) + float(value.detach())
         return totals
-
-    def _captured(
-        self, topic: int | None, indices: Sequence[int], noise: torch.Generator | None = None
-    ) -> Captured:
-        """Activations of some texts of a topic, or with ``topic`` None of retain texts."""
-        store = self.retain if topic is None else self.forget[topic]
-        batch = store.batch(indices)
-        acts = self.segment.forward(batch.boundary, batch.ids_BT, batch.mask_BT)
-        reference = dict(batch.boundary.reference)
-        if topic is None:
-            assert noise is not None
-            noisy = add_noise(reference, std=self.settings.rna_noise, generator=noise)
-            return Captured(acts, noisy, self._mask(batch, "retain"))
-        target = self.targets.at(topic, batch.ids_BT)
-        mask_BT = self._mask(batch, "forget")
-        targets = dict.fromkeys(acts, target)
-        # A store may hold more than is asked for: it is shared with other objectives.
-        given = reference if self.forget_reference else {}
-        return Captured(acts, given, mask_BT, targets, self._first_norm)
-
-    def _mean_norms(self, topic: int, indices: Sequence[int]) -> dict[int, float]:
-        """Mean norm of the original activations over all counted tokens of a forget batch."""
-        sums: dict[int, float] = {}
-        # Text by text: the batch need not fit on the device at once.
-        for index in indices:
-            batch = self.forget[topic].batch([index])
-            mask_BT = self._mask(batch, "forget")
-            for layer, h0_BTD in batch.boundary.reference.items():
-                norm = float(h0_BTD.float().norm(dim=-1)[mask_BT].sum())
-                sums[layer] = sums.get(layer, 0.0) + norm
-        count = self._count(self.forget[topic], indices, "forget")
-        return {layer: total / count for layer, total in sums.items()}
-
-    def _drops_first(self, role: str) -> bool:
-        first = self.settings.first_token
-        return first == "neither" or (first == "retain" and role == "forget")
-
-    def _mask(self, batch: BoundaryBatch, role: str) -> Tensor:
-        mask_BT = batch.mask_BT.clone()
-        if self._drops_first(role):
-            mask_BT[:, 0] = False
-        return mask_BT
-
-    def _count(self, store: BoundaryStore, indices: Sequence[int], role: str) -> int:
-        return sum(len(store.texts[i]) - self._drops_first(role) for i in indices)
 
     def _pieces(self, n_forget: int, n_retain: int) -> int:
         """In how many pieces a step is computed; each holds a text of either side."""
@@ -343,7 +282,7 @@ class Trainer:
                 step=len(log),
                 weights=optimiser.weights,
                 optimiser=optimiser.tensors(),
-                first_norm=self._first_norm,
+                first_norm=self.sight.first_norm,
                 micro_batch_size=self.micro_batch_size,
                 context=stage.context,
             ).save(stage.state)
@@ -366,7 +305,7 @@ class Trainer:
         for name, parameter in optimiser.weights.items():
             parameter.copy_(state.weights[name])
         optimiser.restore(state.optimiser, steps=state.step)
-        self._first_norm = dict(state.first_norm)
+        self.sight.first_norm = dict(state.first_norm)
         self.micro_batch_size = state.micro_batch_size
         log = read_losses(stage.losses)[: state.step] if stage.losses is not None else []
         if len(log) < state.step:
@@ -379,9 +318,3 @@ class Trainer:
         if stage.losses is not None:
             write_losses(stage.losses, log)
         return log
-
-
-def _share(indices: Sequence[int], piece: int, pieces: int) -> Sequence[int]:
-    """The piece-th of ``pieces`` nearly equal parts; none is empty when pieces <= len."""
-    n = len(indices)
-    return indices[piece * n // pieces : (piece + 1) * n // pieces]

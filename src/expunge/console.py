@@ -1,0 +1,104 @@
+"""What the commands share: the two consoles, progress, and how an error ends a command."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+from rich.console import Console
+
+from expunge.errors import ExpungeError, RecipeError
+from expunge.registry import nearest
+
+stderr = Console(stderr=True)
+stdout = Console()
+
+
+def fail(error: ExpungeError) -> NoReturn:
+    """Print the error in its four parts and end with its exit code."""
+    stderr.print("[bold red]error:[/] ", end="")
+    stderr.print(str(error), markup=False, highlight=False, soft_wrap=True)
+    sys.exit(error.exit_code)
+
+
+def as_recipe_error(error: Any) -> RecipeError:
+    """A mistake in the words of the command line, told in four parts."""
+    command = error.ctx.command_path if error.ctx is not None else "expunge"
+    names = []
+    if error.ctx is not None:
+        commands = getattr(error.ctx.command, "commands", {})
+        flags = [flag for param in error.ctx.command.params for flag in param.opts if "-" in flag]
+        names = [*commands, *([] if commands else flags)]
+    parameter = getattr(error, "param", None)
+    if parameter is not None:
+        allowed = f"{', '.join(parameter.opts)}: {parameter.help}"
+    else:
+        allowed = ", ".join(names) or f"see `{command} --help`"
+    unknown = getattr(error, "option_name", "") or " ".join(sys.argv[1:2])
+    is_misspelt = hasattr(error, "possibilities") or "No such" in error.format_message()
+    return RecipeError(
+        what=f"The command line of `{command}` cannot be used",
+        got=error.format_message(),
+        allowed=allowed,
+        fix=nearest(unknown, names) if is_misspelt else f"see `{command} --help`",
+    )
+
+
+@contextmanager
+def resumable() -> Iterator[None]:
+    """Tell, on Ctrl-C, that nothing is lost."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        stderr.print("interrupted; the same command goes on where it stopped")
+        raise
+
+
+def interrupt(_signal: int, _frame: Any) -> NoReturn:
+    """A signal handler that does what Ctrl-C does."""
+    raise KeyboardInterrupt
+
+
+def progress() -> Any:
+    """Bars on standard error."""
+    from expunge.progress import Bars
+
+    return Bars(stderr)
+
+
+def number(text: str | None) -> int | float | str | None:
+    """A flag that is a number or a word; the recipe's validation judges it."""
+    if text is None:
+        return None
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def patch_path(path: Path) -> Path:
+    """A patch file, or the one in a run directory."""
+    from expunge.run import PATCH_NAME
+
+    return path / PATCH_NAME if path.is_dir() else path
+
+
+def print_json(value: Any) -> None:
+    """One object to standard output."""
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def result(as_json: bool, value: dict[str, Any]) -> None:
+    """What a command did: JSON, or a line for each fact."""
+    if as_json:
+        print_json(value)
+    else:
+        for key, item in value.items():
+            shown = ", ".join(item) if isinstance(item, list) else item
+            stdout.print(f"{key}: {shown}", markup=False, highlight=False, soft_wrap=True)

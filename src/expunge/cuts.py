@@ -1,0 +1,177 @@
+"""A base cut where an objective needs it, with the boundaries of the texts it learns from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from expunge.data.text import Text
+from expunge.data.tokens import encode, too_short
+from expunge.defaults import fitting_tokens
+from expunge.errors import DataError
+from expunge.functions.base import FunctionData
+from expunge.model.boundaries import BoundaryStore
+from expunge.model.patch import causal_lm_name
+from expunge.model.segment import Segment
+from expunge.objectives.base import Direction
+from expunge.recipe import Recipe
+
+TokenIds = list[tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Where:
+    """At which layers a run works.
+
+    Attributes:
+        trained: 0-based layers whose projection is trained.
+        captured: layers that the objective reads; `segment.LOGPROBS` alone for the head.
+        directions: layer -> what its probe found, for probe objectives.
+    """
+
+    trained: tuple[int, ...]
+    captured: tuple[int, ...]
+    directions: Mapping[int, Direction] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A base cut at some layers, with its boundary stores.
+
+    Attributes:
+        twins: the forget texts' other wordings, index by index, where an objective needs them.
+    """
+
+    segment: Segment
+    forget: list[BoundaryStore]
+    retain: BoundaryStore
+    twins: BoundaryStore | None = None
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Trained weights: name in the opened model -> name in the causal LM."""
+        return {name: causal_lm_name(self.segment.model, name) for name in self.segment.weights}
+
+    def stores(self) -> Iterator[BoundaryStore]:
+        """All stores."""
+        yield from (*self.forget, self.retain)
+        if self.twins is not None:
+            yield self.twins
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Training texts as token ids.
+
+    Attributes:
+        forget: of each topic.
+        retain: of the texts to keep.
+        contrast: of the other class's texts; where the data is paired, index by index those of
+            the only topic.
+    """
+
+    forget: list[TokenIds]
+    retain: TokenIds
+    contrast: TokenIds
+
+    @classmethod
+    def of(
+        cls,
+        data: FunctionData,
+        recipe: Recipe,
+        tokenizer: Any,
+        config: Mapping[str, Any],
+        say: Callable[[str], None],
+    ) -> Tokens:
+        """Tokenise the training texts; those too short to learn from are left out and told.
+
+        Raises:
+            DataError: a topic, or the retain texts, have no text left.
+        """
+        reader = _Tokeniser(tokenizer, recipe.max_tokens, config, say)
+        names = recipe.forget or ("the forget texts",)
+        if data.paired:
+            toxic, neutral = reader.pairs(data.forget[0], data.contrast)
+            return cls([toxic], reader.ids("the retain texts", data.retain), neutral)
+        return cls(
+            [reader.ids(name, texts) for name, texts in zip(names, data.forget, strict=True)],
+            reader.ids("the retain texts", data.retain),
+            reader.ids("the neutral texts", data.contrast) if data.contrast else [],
+        )
+
+
+@dataclass(frozen=True)
+class _Tokeniser:
+    tokenizer: Any
+    asked: int
+    config: Mapping[str, Any]
+    say: Callable[[str], None]
+
+    @property
+    def max_tokens(self) -> int:
+        return fitting_tokens(self.asked, self.config)
+
+    def ids(self, name: str, texts: Sequence[Text]) -> TokenIds:
+        return self._columns(name, [texts])[0]
+
+    def pairs(self, toxic: Sequence[Text], neutral: Sequence[Text]) -> tuple[TokenIds, TokenIds]:
+        """Both wordings of each pair; a pair goes if one of them is too short."""
+        kept = self._columns("the pairs", [toxic, neutral])
+        return kept[0], kept[1]
+
+    def _columns(self, name: str, columns: Sequence[Sequence[Text]]) -> list[TokenIds]:
+        """Token ids of columns that belong together row by row."""
+        encoded = [encode(texts, self.tokenizer, max_tokens=self.max_tokens) for texts in columns]
+        short = {index: why for one in encoded for index, why in too_short(one).items()}
+        rows = [index for index in range(len(encoded[0])) if index not in short]
+        self._tell(name, len(columns[0]), short)
+        if not rows:
+            raise DataError(
+                what=f"No text is left to train on in {name}",
+                got=f"{len(columns[0])} texts, none of at least two tokens",
+                allowed="texts that the tokenizer turns into two or more tokens",
+                fix="check the file, its `field`, and max_tokens",
+            )
+        cut = sum(any(one[index].truncated for one in encoded) for index in rows)
+        if cut:
+            self.say(
+                f"note: {name}: {cut} of {len(columns[0])} texts cut at {self.max_tokens} tokens"
+                + (", the model's context" if self.max_tokens < self.asked else "")
+            )
+        return [[one[index].ids for index in rows] for one in encoded]
+
+    def _tell(self, name: str, n: int, short: Mapping[int, str]) -> None:
+        if short:
+            self.say(
+                f"note: {name}: {len(short)} of {n} texts left out ({next(iter(short.values()))})"
+            )
+
+
+def cut_with_stores(
+    segment: Segment,
+    tokens: Tokens,
+    *,
+    twins: bool,
+    limit_bytes: int,
+    spill_directory: Path | None,
+    announce: Callable[[str], None],
+) -> Cut:
+    """The cut with its stores, not yet computed; each gets its share of the limit."""
+    sets = [*tokens.forget, tokens.retain, *([tokens.contrast] if twins else [])]
+    total = sum(len(ids) for texts in sets for ids in texts)
+    stores = [
+        BoundaryStore(
+            segment,
+            texts,
+            # Retain texts always need the original; so does whatever the head reads.
+            reference=texts is tokens.retain or segment.reads_logprobs,
+            limit_bytes=int(limit_bytes * sum(map(len, texts)) / total),
+            spill_directory=spill_directory,
+            announce=announce,
+        )
+        for texts in sets
+    ]
+    topics = len(tokens.forget)
+    return Cut(segment, stores[:topics], stores[topics], stores[topics + 1] if twins else None)

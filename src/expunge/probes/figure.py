@@ -1,0 +1,95 @@
+"""A figure of probes: held-out accuracy by layer. Needs matplotlib (extra ``figures``)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from expunge.errors import DataError, ExpungeError, RecipeError
+from expunge.files import replacing
+from expunge.probes.probe import CHANCE, Probe
+
+SUFFIXES = (".svg", ".png")
+COLOURS = ("#c2410c", "#0f766e", "#1d4ed8", "#64748b")
+
+
+def probe_figure(probes: Sequence[Probe], path: Path | str) -> Path:
+    """Draw accuracy by layer with its 95 % interval, and the control on shuffled labels.
+
+    Each kind and pooling among ``probes`` has a line of its own. The same probes give the same
+    bytes.
+
+    Args:
+        probes: at least one.
+        path: ends in .svg or .png; written atomically.
+
+    Raises:
+        DataError: there are no probes.
+        RecipeError: another suffix.
+        ExpungeError: matplotlib is not installed.
+        ResourceError: the file cannot be written.
+    """
+    path = Path(path)
+    if not probes:
+        raise DataError(
+            what="There is nothing to draw",
+            got="0 probes",
+            allowed="at least one",
+            fix="fit probes at one layer or more",
+        )
+    if path.suffix not in SUFFIXES:
+        raise RecipeError(
+            what="A figure of this kind cannot be written",
+            got=path.name,
+            allowed=f"a name that ends in {' or '.join(SUFFIXES)}",
+            fix=f"write to {path.stem}.svg",
+        )
+    try:
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
+    except ImportError as error:
+        raise ExpungeError(
+            what="The figure needs matplotlib",
+            got=str(error),
+            allowed="an environment with the extra `figures`",
+            fix="pip install 'expunge[figures]'",
+        ) from error
+    # The hash salt fixes the identifiers inside an SVG.
+    with rc_context({"svg.hashsalt": "expunge", "font.size": 9, "font.family": "sans-serif"}):
+        figure = Figure(figsize=(6, 3.2))
+        axis = figure.subplots()
+        for place, (label, line) in enumerate(_lines(probes).items()):
+            layers = [probe.layer for probe in line]
+            values = [probe.accuracy for probe in line]
+            # The estimate lies within its interval but for the last bit.
+            reach = [
+                [max(0.0, probe.accuracy - probe.accuracy_low) for probe in line],
+                [max(0.0, probe.accuracy_high - probe.accuracy) for probe in line],
+            ]
+            colour = COLOURS[place % len(COLOURS)]
+            axis.errorbar(layers, values, reach, fmt="o-", color=colour, capsize=2, label=label)
+            control = [probe.control for probe in line]
+            axis.plot(layers, control, ":", color=colour, label=f"{label}, shuffled labels")
+        axis.axhline(CHANCE, color="#999999", linewidth=0.8, linestyle="--")
+        axis.set_ylim(min(0.4, *(probe.control - 0.05 for probe in probes)), 1.02)
+        axis.set_xlabel("decoder layer")
+        axis.set_ylabel("held-out accuracy (95 % interval)")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(frameon=False, fontsize=8)
+        figure.tight_layout()
+        with replacing(path) as temporary:
+            figure.savefig(temporary, format=path.suffix[1:], metadata=_metadata(path), dpi=130)
+    return path
+
+
+def _lines(probes: Sequence[Probe]) -> dict[str, list[Probe]]:
+    lines: dict[str, list[Probe]] = {}
+    for probe in sorted(probes, key=lambda probe: probe.layer):
+        lines.setdefault(f"{probe.kind}, {probe.pooling} pooling", []).append(probe)
+    return lines
+
+
+def _metadata(path: Path) -> dict[str, str | None]:
+    return {"Date": None} if path.suffix == ".svg" else {"Software": None}

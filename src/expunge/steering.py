@@ -1,0 +1,71 @@
+"""From probes to the directions that a run steers by."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from expunge.defaults import check_layer, check_trained, resolve_layers
+from expunge.errors import RecipeError
+from expunge.objectives.base import Direction, Logprobs, Needs
+from expunge.probes.probe import Probe, choose_layers
+from expunge.recipe import Recipe
+
+
+def check_layers(recipe: Recipe, needs: Needs, n_layers: int) -> None:
+    """Raise RecipeError for layers that the model lacks, as far as can be told without weights."""
+    if isinstance(needs, Logprobs):
+        check_trained(recipe.trained_layers or range(n_layers), n_layers - 1)
+    elif needs.probes == "none":
+        resolve_layers(recipe.layer, recipe.trained_layers, n_layers)
+    else:
+        read = probed_layers(recipe, n_layers)
+        check_trained(recipe.trained_layers or read, max(read))
+
+
+def probed_layers(recipe: Recipe, n_layers: int) -> tuple[int, ...]:
+    """The layers to be probed: those of the recipe, or all. Raises RecipeError out of range."""
+    if recipe.probe_layers == "auto":
+        return tuple(range(n_layers))
+    for layer in recipe.probe_layers:
+        check_layer(layer, n_layers)
+    return tuple(sorted({*recipe.probe_layers}))
+
+
+def directions_for(
+    recipe: Recipe, how_many: Literal["many", "one"], probes: Sequence[Probe]
+) -> dict[int, Direction]:
+    """Layer -> direction, ascending, for the layers that are read.
+
+    Args:
+        recipe: which layers, threshold and weights.
+        how_many: ``many``: all layers that pass; ``one``: of these the one whose probe is best.
+        probes: one for each probed layer.
+
+    Raises:
+        DataError: no probe passes, or one asked for is at chance.
+        RecipeError: as many weights as layers are wanted.
+    """
+    layers = choose_layers(probes, recipe.probe_layers, recipe.probe_threshold)
+    by_layer = {probe.layer: probe for probe in probes}
+    if how_many == "one":
+        layers = (max(layers, key=lambda layer: by_layer[layer].accuracy),)
+    weights = recipe.layer_weights or (1.0,) * len(layers)
+    if len(weights) != len(layers) or min(weights) < 0 or not sum(weights):
+        raise RecipeError(
+            what="The layer weights do not fit the layers that are read",
+            got=f"{len(weights)} weights for layers {list(layers)}",
+            allowed="a weight of 0 or more for each, not all 0",
+            fix="set probe_layers and layer_weights to lists of one length",
+        )
+    mean = sum(weights) / len(weights)
+    return {
+        layer: Direction(
+            by_layer[layer].direction_D,
+            by_layer[layer].neutral,
+            by_layer[layer].toxic,
+            by_layer[layer].spread,
+            weight / mean,
+        )
+        for layer, weight in zip(layers, weights, strict=True)
+    }
