@@ -13,9 +13,10 @@ import transformers as hf
 from torch import Tensor
 
 from expunge.model.boundaries import BoundaryStore
-from expunge.model.segment import Segment
+from expunge.model.segment import LOGPROBS, Segment
 from expunge.model.structure import Structure, find_structure
-from expunge.objectives import OBJECTIVES
+from expunge.objectives import OBJECTIVES, Direction, Logprobs
+from expunge.objectives.base import Needs
 from expunge.training.loop import Trainer, TrainingSettings
 from expunge.training.tradeoff import Tradeoff, TradeoffKind
 
@@ -107,14 +108,26 @@ def cut(
     return structure, Segment(model, structure, trained=trained, captured=captured)
 
 
+def directions(layers: Sequence[int]) -> dict[int, Direction]:
+    """What probes might have found: unit directions and unequal weights of mean 1."""
+    generator = torch.Generator().manual_seed(77)
+    weights = [1 + (i - (len(layers) - 1) / 2) / len(layers) for i in range(len(layers))]
+    made = {}
+    for layer, weight in zip(layers, weights, strict=True):
+        vector_D = torch.randn(HIDDEN, generator=generator)
+        made[layer] = Direction(vector_D / vector_D.norm(), -1.5, 0.5 + layer, 0.8, weight)
+    return made
+
+
 @dataclass
 class Bench:
-    """A small world to train in: a model, one or two topics, retain texts."""
+    """A small world to train in: a model, one or two topics, retain texts, perhaps twins."""
 
     model: Any
     segment: Segment
     forget: list[BoundaryStore]
     retain: BoundaryStore
+    twins: BoundaryStore | None = None
 
     def trainer(
         self,
@@ -123,17 +136,22 @@ class Bench:
         retain_weight: float = 1.0,
         tradeoff: TradeoffKind = "fixed",
         objective_settings: dict[str, Any] | None = None,
+        needs: Needs | None = None,
         **settings: Any,
     ) -> Trainer:
-        """A new trainer over the stores."""
-        part = OBJECTIVES.get(objective).part
+        """A new trainer over the stores; ``needs`` are the objective's own unless given."""
+        entry = OBJECTIVES.get(objective)
+        needs = needs or entry.extras["needs"]
         return Trainer(
             self.segment,
             self.forget,
             self.retain,
-            objective=partial(part, **(objective_settings or {})),
+            objective=partial(entry.part, **(objective_settings or {})),
             tradeoff=Tradeoff(tradeoff, retain_weight),
             settings=TrainingSettings(**{"steps": 8, "lr": 1e-2, "batch_size": 4, **settings}),
+            needs=needs,
+            twins=self.twins if needs.twin else None,
+            directions=directions(self.segment.captured) if needs.probes != "none" else None,
         )
 
 
@@ -144,18 +162,35 @@ def bench(
     dtype: torch.dtype = torch.float32,
     trained: Sequence[int] = (1, 2),
     captured: Sequence[int] = (2,),
+    twins: bool = False,
     limit_bytes: int | None = None,
     folder: Path | None = None,
     device: str = "cpu",
 ) -> Bench:
-    """A model with computed stores of 10 texts a topic and 13 retain texts."""
+    """A model with computed stores of 10 texts a topic and 13 retain texts.
+
+    With ``twins`` each text of the only topic has another one beside it.
+    """
     model = tiny_model(name, dtype=dtype).to(device)
     _, segment = cut(model, trained=trained, captured=captured)
     sets = [*(texts(10, seed=topic) for topic in range(topics)), texts(13, seed=50)]
+    if twins:
+        sets.append(texts(10, seed=90))
     stores = [
         BoundaryStore(segment, ids, reference=True, limit_bytes=limit_bytes, spill_directory=folder)
         for ids in sets
     ]
     for store in stores:
         store.compute()
-    return Bench(model, segment, stores[:-1], stores[-1])
+    return Bench(
+        model, segment, stores[:topics], stores[topics], stores[topics + 1] if twins else None
+    )
+
+
+def bench_for(objective: str, **settings: Any) -> Bench:
+    """A bench that holds what an objective needs: its layers or the head, and twins."""
+    needs: Needs = OBJECTIVES.get(objective).extras["needs"]
+    captured = (LOGPROBS,) if isinstance(needs, Logprobs) else (2,)
+    if needs.probes == "many":
+        captured = (1, 2)
+    return bench(**{"captured": captured, "twins": needs.twin, **settings})

@@ -186,7 +186,7 @@ def test_only_empty_continuations_are_unscored(tokenizer: Any, base: Any) -> Non
     for (name, prompts, _), score in found.items():
         if prompts is None or name == "empty_rate":
             continue
-        if name not in ("detoxification_content", "detoxification_kept"):
+        if name != "detoxification_content":
             assert (score.value, score.ci_low) == (None, None) and score.reason, name
     assert found["empty_rate", "openings", None].value == 1
     assert "empty" in str(found["toxicity_rate", "openings", "one"].reason)
@@ -228,7 +228,6 @@ def test_collect_and_judge(tokenizer: Any, base: Any, other: Any) -> None:
                 "_removal",
                 "_fluency",
                 "_content",
-                "_kept",
             )
         ),
     }
@@ -255,8 +254,7 @@ def test_gaps(tokenizer: Any, base: Any) -> None:
         "detoxification_removal": "no continuation could be scored",
         "detoxification_fluency": "no continuation, or no neutral wording, could be scored",
         "detoxification_content": "no neutral wording could be scored",
-        "detoxification_kept": "no neutral text could be compared",
-        "detoxification": "unscored: removal, fluency, content, kept",
+        "detoxification": "unscored: removal, fluency, content",
     }
     assert all((one.value, one.n) == (None, 0) for one in found.values())
 
@@ -317,7 +315,6 @@ GIVEN = Ingredients(
     fluency=[(3.0, 10.0), (2.0, 30.0)],
     neutral=ones(2.5, 1.9),
     base_neutral=ones(2.0, 1.8),
-    kl=ones(0.1, None, 0.3),
 )
 
 
@@ -333,11 +330,10 @@ def test_summary_by_hand() -> None:
         "removal": 0.75,
         "fluency": math.exp(1.9 - 2.25),
         "content": math.exp(1.9 - 2.2),
-        "kept": math.exp(-0.2),
     }
     for name, value in parts.items():
         assert found[name].value == pytest.approx(value), name
-    mean = 4 / sum(1 / value for value in parts.values())
+    mean = 3 / sum(1 / value for value in parts.values())
     assert found["detoxification"].value == pytest.approx(mean)
     for one in found.values():
         assert one.ci_low is not None and one.ci_high is not None and one.value is not None
@@ -359,7 +355,6 @@ def test_summary_at_its_ends() -> None:
         fluency=ones(1, 1),
         neutral=ones(1, 2),
         base_neutral=ones(2, 2),
-        kl=ones(0, 0),
     )
     assert {one.value for one in summed(better).values()} == {1.0}
 
@@ -380,7 +375,6 @@ def test_base_and_model_are_resampled_alike() -> None:
         ({"base_rates": {"a": ones(0, 0), "b": ones(1, 1)}}, "removal"),
         ({"fluency": ones(None, None)}, "fluency"),
         ({"neutral": ones(None)}, "content"),
-        ({"kl": []}, "kept"),
     ],
 )
 def test_summary_without_a_part(change: dict[str, Any], name: str) -> None:

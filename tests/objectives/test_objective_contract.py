@@ -39,26 +39,22 @@ def layers_of(name: str) -> tuple[int, ...]:
     return (2,) if needs_of(name).probes == "one" else (1, 2)
 
 
-def batch(
-    name: str, seed: int, *, mask_BT: Tensor = MASK_BT, dtype: torch.dtype = torch.float32
-) -> Captured:
+def batch(name: str, seed: int, *, dtype: torch.dtype = torch.float32) -> Captured:
     """Random values of everything that an objective's registration asks for."""
     generator = torch.Generator().manual_seed(seed)
-    needs = needs_of(name)
     twin = None
-    if needs.twin:
-        masks_BT = mask_of(TWIN_LENGTHS)
-        twin = _seen(name, generator, masks_BT, dtype)
-    return replace(_seen(name, generator, mask_BT, dtype), twin=twin)
+    if needs_of(name).twin:
+        twin = _seen(name, generator, mask_of(TWIN_LENGTHS), dtype)
+    return replace(_seen(name, generator, MASK_BT, dtype), twin=twin)
 
 
 def _seen(name: str, generator: torch.Generator, mask_BT: Tensor, dtype: torch.dtype) -> Captured:
     if isinstance(needs_of(name), Logprobs):
 
-        def nats_BT() -> Tensor:
+        def nats() -> Tensor:
             return (-3 * torch.rand(B, T, generator=generator)).to(dtype)
 
-        return Captured({}, {}, mask_BT, logprobs_BT=nats_BT(), reference_logprobs_BT=nats_BT())
+        return Captured({}, {}, mask_BT, logprobs_BT=nats(), reference_logprobs_BT=nats())
     layers = layers_of(name)
 
     def random() -> dict[int, Tensor]:
@@ -93,6 +89,7 @@ def changed(
     captured: Captured,
     now: Callable[[Tensor, Tensor], Tensor],
     then: Callable[[Tensor, Tensor], Tensor] = lambda tensor, _mask_BT: tensor,
+    mask: Callable[[Tensor], Tensor] = lambda mask_BT: mask_BT,
 ) -> Captured:
     """The same batch, twin included, with functions of (tensor, mask) applied.
 
@@ -102,12 +99,13 @@ def changed(
     logprobs_BT, reference_BT = captured.logprobs_BT, captured.reference_logprobs_BT
     return replace(
         captured,
+        mask_BT=mask(mask_BT),
         acts={layer: now(t, mask_BT) for layer, t in captured.acts.items()},
         reference={layer: then(t, mask_BT) for layer, t in captured.reference.items()},
         target={layer: then(t, mask_BT) for layer, t in captured.target.items()},
         logprobs_BT=None if logprobs_BT is None else now(logprobs_BT, mask_BT),
         reference_logprobs_BT=None if reference_BT is None else then(reference_BT, mask_BT),
-        twin=None if captured.twin is None else changed(captured.twin, now, then),
+        twin=None if captured.twin is None else changed(captured.twin, now, then, mask),
     )
 
 
@@ -140,84 +138,110 @@ def spoiled(captured: Captured, value: float) -> Captured:
 def rows(captured: Captured, low: int, high: int) -> Captured:
     """Some texts of a batch."""
 
-    def part(captured: Captured) -> Captured:
-        def some(tensor: Tensor, _mask_BT: Tensor) -> Tensor:
-            return tensor if tensor.ndim == 1 else tensor[low:high]
+    def some(tensor: Tensor, _mask_BT: Tensor) -> Tensor:
+        return tensor if tensor.ndim == 1 else tensor[low:high]
 
-        twin = None if captured.twin is None else part(captured.twin)
-        cut = changed(replace(captured, twin=None, mask_BT=MASK_BT), some, some)
-        return replace(cut, mask_BT=captured.mask_BT[low:high], twin=twin)
+    return changed(captured, some, some, lambda mask_BT: mask_BT[low:high])
 
-    return part(captured)
+
+def tensors(captured: Captured) -> list[tuple[Tensor, Tensor]]:
+    """All values with their masks."""
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def see(tensor: Tensor, mask_BT: Tensor) -> Tensor:
+        seen.append((tensor, mask_BT))
+        return tensor
+
+    changed(captured, see, see)
+    return seen
 
 
 @every_objective
 def test_losses_and_gradients_are_finite(name: str) -> None:
-    loss, grads = gradients(name, batch(0), batch(1))
+    loss, grads = gradients(name, *both(name))
     for scalar in (loss.forget, loss.retain, *loss.logs.values()):
         assert scalar.shape == () and bool(scalar.isfinite()) and scalar.dtype == torch.float32
     assert all(not value.requires_grad for value in loss.logs.values())
     assert all(bool(grad.isfinite().all()) for grad in grads)
-    # Forget and retain activations of both layers are all pulled at.
+    # All that the model says of forget texts, twins and retain texts is pulled at.
     assert all(float(grad.abs().max()) > 0 for grad in grads)
 
 
 @every_objective
 def test_the_first_step_where_nothing_has_moved(name: str) -> None:
     forget, retain = (
-        raw(one, {k: h0.clone() for k, h0 in one.reference.items()}) for one in (batch(0), batch(1))
+        replace(
+            one,
+            acts={k: h0.clone() for k, h0 in one.reference.items()},
+            logprobs_BT=one.reference_logprobs_BT,
+        )
+        for one in both(name)
     )
+    if forget.twin is not None:
+        twin = replace(forget.twin, logprobs_BT=forget.twin.reference_logprobs_BT)
+        forget = replace(forget, twin=twin)
     loss, grads = gradients(name, forget, retain)
     assert all(bool(grad.isfinite().all()) for grad in grads)
-    assert loss.retain.item() == pytest.approx(0, abs=1e-5)
+    kept = 0.0
+    if retain.logprobs_BT is not None:  # the original's own nats/token
+        kept = masked_mean(-retain.logprobs_BT, MASK_BT).item()
+        assert loss.logs["rise_retain"].item() == 0
+    assert loss.retain.item() == pytest.approx(kept, abs=1e-5)
 
 
 @every_objective
 @pytest.mark.parametrize("value", [1e4, -7.0, float("nan"), float("inf")])
 def test_padding_changes_nothing(name: str, value: float) -> None:
-    clean, clean_grads = gradients(name, spoiled(batch(0), 0.0), spoiled(batch(1), 0.0))
-    dirty, dirty_grads = gradients(name, spoiled(batch(0), value), spoiled(batch(1), value))
+    forget, retain = both(name)
+    clean, clean_grads = gradients(name, spoiled(forget, 0.0), spoiled(retain, 0.0))
+    dirty, dirty_grads = gradients(name, spoiled(forget, value), spoiled(retain, value))
     assert torch.equal(clean.forget, dirty.forget) and torch.equal(clean.retain, dirty.retain)
     assert {k: v.item() for k, v in clean.logs.items()} == {
         k: v.item() for k, v in dirty.logs.items()
     }
-    for clean_BTD, dirty_BTD in zip(clean_grads, dirty_grads, strict=True):
-        assert torch.equal(clean_BTD, dirty_BTD)
-        assert not dirty_BTD[~MASK_BT].any()
+    # The model's values in their order: of forget texts, their twins, retain texts.
+    masks = [one.mask_BT for one in (forget, forget.twin, retain) if one for _ in (one.acts or "1")]
+    for clean_grad, dirty_grad, mask_BT in zip(clean_grads, dirty_grads, masks, strict=True):
+        assert torch.equal(clean_grad, dirty_grad)
+        assert not dirty_grad[~mask_BT].any()
 
 
 @every_objective
 @pytest.mark.parametrize("at", [1, 2])
-def test_pieces_weighed_by_their_tokens_make_the_whole(name: str, at: int) -> None:
+def test_pieces_make_the_whole(name: str, at: int) -> None:
+    """Weighed by their tokens; the forget terms of likelihood objectives by their texts."""
     part = OBJECTIVES.get(name).part
-    forget, retain = batch(0), batch(1)
+    forget, retain = both(name)
     whole = part(forget, retain)
     pieces = [
-        (sum(LENGTHS[low:high]), part(rows(forget, low, high), rows(retain, low, high)))
+        (low, high, part(rows(forget, low, high), rows(retain, low, high)))
         for low, high in ((0, at), (at, B))
     ]
-    tokens = sum(LENGTHS)
+    by_texts = isinstance(needs_of(name), Logprobs)
+
+    def share(term: str, low: int, high: int) -> float:
+        if by_texts and not term.endswith("retain"):
+            return (high - low) / B
+        return sum(LENGTHS[low:high]) / sum(LENGTHS)
+
     for term in ("forget", "retain"):
-        joined = sum(n * getattr(loss, term).item() for n, loss in pieces) / tokens
+        joined = sum(share(term, i, j) * getattr(loss, term).item() for i, j, loss in pieces)
         assert joined == pytest.approx(getattr(whole, term).item(), rel=1e-5)
     for key, value in whole.logs.items():
-        joined = sum(n * loss.logs[key].item() for n, loss in pieces) / tokens
-        assert joined == pytest.approx(value.item(), rel=1e-5)
+        joined = sum(share(key, i, j) * loss.logs[key].item() for i, j, loss in pieces)
+        assert joined == pytest.approx(value.item(), rel=1e-5, abs=1e-7)
 
 
 @every_objective
 def test_inputs_are_left_alone_and_nothing_is_random(name: str) -> None:
-    forget, retain = batch(0), batch(1)
+    forget, retain = both(name)
     first, first_grads = gradients(name, forget, retain)
-    for captured, seed in ((forget, 0), (retain, 1)):
-        again = batch(seed)
-        for mine, fresh in (
-            (captured.acts, again.acts),
-            (captured.reference, again.reference),
-            (captured.target, again.target),
-        ):
-            assert all(torch.equal(mine[layer], fresh[layer]) for layer in fresh)
-        assert all(t.grad is None and not t.requires_grad for t in captured.reference.values())
+    for mine, fresh in zip((forget, retain), both(name), strict=True):
+        for (tensor, _), (again, _) in zip(tensors(mine), tensors(fresh), strict=True):
+            assert torch.equal(tensor, again)
+            assert tensor.grad is None and not tensor.requires_grad
+        for layer, direction in fresh.directions.items():
+            assert torch.equal(mine.directions[layer].unit_D, direction.unit_D)
     second, second_grads = gradients(name, forget, retain)
     assert torch.equal(first.forget, second.forget) and torch.equal(first.retain, second.retain)
     assert all(torch.equal(a, b) for a, b in zip(first_grads, second_grads, strict=True))
@@ -226,19 +250,20 @@ def test_inputs_are_left_alone_and_nothing_is_random(name: str) -> None:
 @every_objective
 @pytest.mark.parametrize("which", ["forget", "retain"])
 def test_no_token_that_counts_is_an_error(name: str, which: str) -> None:
-    masks = {"forget": MASK_BT, "retain": MASK_BT, which: torch.zeros_like(MASK_BT)}
+    texts = dict(zip(("forget", "retain"), both(name), strict=True))
+    texts[which] = replace(texts[which], mask_BT=torch.zeros_like(MASK_BT))
     with pytest.raises(DataError, match="no token that counts"):
-        OBJECTIVES.get(name).part(
-            batch(0, mask_BT=masks["forget"]), batch(1, mask_BT=masks["retain"])
-        )
+        OBJECTIVES.get(name).part(**texts)
 
 
 @every_objective
-def test_narrow_activations_give_float32_losses(name: str) -> None:
-    narrow, grads = gradients(name, batch(0, dtype=torch.bfloat16), batch(1, dtype=torch.bfloat16))
-    wide, _ = gradients(name, batch(0), batch(1))
+def test_narrow_values_give_float32_losses(name: str) -> None:
+    narrow, grads = gradients(name, *both(name, dtype=torch.bfloat16))
+    wide, _ = gradients(name, *both(name))
     assert narrow.forget.dtype == narrow.retain.dtype == torch.float32
     assert narrow.forget.item() == pytest.approx(wide.forget.item(), rel=0.05)
+    assert narrow.retain.item() == pytest.approx(wide.retain.item(), rel=0.05)
+    assert all(value.dtype == torch.float32 for value in narrow.logs.values())
     assert all(bool(grad.isfinite().all()) for grad in grads)
 
 
@@ -247,7 +272,7 @@ STEERING = ["adaptive-rmu", "cosine-rmu", "rmu"]
 
 @pytest.mark.parametrize("name", STEERING)
 def test_a_target_for_each_token_may_be_the_same_one(name: str) -> None:
-    forget, retain = batch(0), batch(1)
+    forget, retain = both(name)
     full = {layer: u.expand(B, T, D).clone() for layer, u in forget.target.items()}
     one = OBJECTIVES.get(name).part(forget, retain)
     other = OBJECTIVES.get(name).part(replace(forget, target=full), retain)
@@ -264,7 +289,7 @@ def test_a_target_for_each_token_may_be_the_same_one(name: str) -> None:
 def test_a_target_of_another_shape_is_refused(name: str, shape: tuple[int, ...]) -> None:
     wrong = dict.fromkeys((1, 2), torch.ones(shape))
     with pytest.raises(ValueError, match="target"):
-        OBJECTIVES.get(name).part(replace(batch(0), target=wrong), batch(1))
+        OBJECTIVES.get(name).part(replace(batch(name, 0), target=wrong), batch(name, 1))
 
 
 def test_a_batch_of_as_many_texts_as_tokens_hides_nothing() -> None:
@@ -280,7 +305,7 @@ def test_a_batch_of_as_many_texts_as_tokens_hides_nothing() -> None:
     "name", [one.name for one in OBJECTIVES if not one.extras["needs"].forget_reference]
 )
 def test_what_is_not_asked_for_is_not_needed(name: str) -> None:
-    forget, retain = batch(0), batch(1)
+    forget, retain = both(name)
     bare = OBJECTIVES.get(name).part(replace(forget, reference={}), retain)
     assert torch.equal(bare.forget, OBJECTIVES.get(name).part(forget, retain).forget)
 
@@ -288,6 +313,7 @@ def test_what_is_not_asked_for_is_not_needed(name: str) -> None:
 @every_objective
 def test_origin_is_told(name: str) -> None:
     entry = OBJECTIVES.get(name)
-    assert isinstance(entry.extras["needs"], Activations) and entry.extras["retain_weight"] > 0
+    assert isinstance(entry.extras["needs"], Activations | Logprobs)
+    assert entry.extras["retain_weight"] > 0
     assert "arXiv" in entry.source or "http" in entry.source
     assert entry.deviations.strip()

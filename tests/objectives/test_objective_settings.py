@@ -8,11 +8,10 @@ import pytest
 import torch
 
 from expunge.errors import RecipeError
-from expunge.objectives import OBJECTIVES, Captured, Loss, settings_of
-from expunge.objectives.base import Activations
+from expunge.objectives import OBJECTIVES, Activations, Captured, Logprobs, Loss
 from expunge.objectives.retain import add_noise, safe_norm
 from expunge.objectives.targets import Targets
-from expunge.registry import Entry, Registry
+from expunge.registry import Entry, Registry, settings_of
 
 # ---- settings
 
@@ -40,7 +39,7 @@ def _toy(forget: Captured, retain: Captured, *, n: int = 1, x: float = 1.0, on: 
     raise NotImplementedError
 
 
-TOY = Entry("toy", _toy, "here", "none", {})
+TOY = Entry("toy", _toy, "here", "none", {}, "objective")
 
 
 @pytest.mark.parametrize(
@@ -68,14 +67,14 @@ def test_an_unknown_objective_meets_its_nearest_name() -> None:
     with pytest.raises(RecipeError) as caught:
         OBJECTIVES.get("cosine-rmuu")
     assert "did you mean 'cosine-rmu'" in caught.value.fix
-    assert "rerouting" in caught.value.allowed
+    assert caught.value.allowed == ", ".join(OBJECTIVES.names())
 
 
 def test_a_name_registers_once() -> None:
     registry: Registry[Any] = Registry("toy")
     registry.register("one", source="here", deviations="none", weight=3)(_toy)
     assert registry.names() == ["one"]
-    assert registry.get("one") == Entry("one", _toy, "here", "none", {"weight": 3})
+    assert registry.get("one") == Entry("one", _toy, "here", "none", {"weight": 3}, "toy")
     with pytest.raises(ValueError, match="registered twice"):
         registry.register("one", source="here", deviations="none")(_toy)
 
@@ -93,6 +92,44 @@ def test_a_registered_objective_is_still_the_function() -> None:
     assert entry.part is rmu
     assert entry.extras["needs"] == Activations()
     assert entry.extras["retain_weight"] == 1200.0
+
+
+@pytest.mark.parametrize("name", OBJECTIVES.names())
+def test_every_objective_fills_in_and_checks_its_own_settings(name: str) -> None:
+    entry = OBJECTIVES.get(name)
+    defaults = settings_of(entry, {})
+    assert settings_of(entry, defaults) == defaults
+    for key in defaults:
+        with pytest.raises(RecipeError, match=f"Setting {key} of objective {name}"):
+            settings_of(entry, {key: None})
+    with pytest.raises(RecipeError, match=f"Objective {name} has no setting"):
+        settings_of(entry, {"no-such": 1})
+
+
+@pytest.mark.parametrize(
+    ("name", "needs"),
+    [
+        ("npo", Logprobs()),
+        ("dpo", Logprobs(twin=True)),
+        ("multi-layer-probe", Activations(forget_reference=True, probes="many")),
+        ("single-layer-probe", Activations(forget_reference=True, probes="one")),
+    ],
+)
+def test_what_objectives_need(name: str, needs: Any) -> None:
+    assert OBJECTIVES.get(name).extras["needs"] == needs
+
+
+def test_log_probabilities_come_with_the_originals_and_no_layers() -> None:
+    assert Logprobs().forget_reference and Logprobs().probes == "none"
+    assert not Logprobs().twin and not Activations().twin
+
+
+@pytest.mark.parametrize("name", ["npo", "dpo"])
+@pytest.mark.parametrize("beta", [0.0, -1.0, float("nan")])
+def test_beta_is_positive(name: str, beta: float) -> None:
+    nothing = Captured({}, {}, torch.ones(1, 1, dtype=torch.bool))
+    with pytest.raises(RecipeError, match="beta"):
+        OBJECTIVES.get(name).part(nothing, nothing, beta=beta)
 
 
 # ---- targets

@@ -30,6 +30,9 @@ RUNS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "noise": (torch.float32, {"objective": "rmu", "rna_noise": 0.05, "micro_batch_size": 3}),
     "decay": (torch.float32, {"objective": "rerouting", "weight_decay": 0.1}),
     "bfloat16": (torch.bfloat16, {"objective": "cosine-rmu", "target": "per-token"}),
+    "npo": (torch.float32, {"objective": "npo", "tradeoff": "exchange"}),
+    "dpo": (torch.bfloat16, {"objective": "dpo", "micro_batch_size": 3}),
+    "probes": (torch.float32, {"objective": "multi-layer-probe", "rna_noise": 0.05}),
     "bfloat16 alone": (torch.bfloat16, {"objective": "rmu", "master_weights": False}),
 }
 every_run = pytest.mark.parametrize("name", RUNS)
@@ -59,7 +62,12 @@ def assert_same(one: TrainingResult, other: TrainingResult) -> None:
 
 @pytest.fixture(scope="module")
 def benches() -> dict[str, tiny.Bench]:
-    return {name: tiny.bench(topics=2, dtype=dtype) for name, (dtype, _) in RUNS.items()}
+    return {
+        name: tiny.bench_for(
+            settings["objective"], topics=1 if settings["objective"] == "dpo" else 2, dtype=dtype
+        )
+        for name, (dtype, settings) in RUNS.items()
+    }
 
 
 @pytest.fixture(scope="module")

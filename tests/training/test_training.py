@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ import torch
 import tiny
 from expunge.errors import ResourceError, TrainingError
 from expunge.model.boundaries import BoundaryBatch, BoundaryStore
-from expunge.model.segment import Boundary
-from expunge.objectives import Captured, Loss
+from expunge.model.segment import LOGPROBS, Boundary
+from expunge.objectives import Activations, Captured, Loss
 from expunge.objectives.misdirection import rmu
 from expunge.training import seen
 from expunge.training.loop import Stage, TrainingResult
@@ -35,12 +36,22 @@ GOLDEN: dict[str, list[float]] = {
                    0.6938492, 0.7350233, 0.7167721, 0.7043594, 0.7068386],
     "rerouting": [1.115657, 1.594875, 2.065075, 2.487935, 2.250103,
                   2.032241, 1.853848, 1.818496, 1.996706, 1.757208],
+    "npo": [22.88844, 23.18896, 21.52135, 21.54742, 19.9534,
+            21.58163, 20.42224, 19.29016, 20.71034, 18.4108],
+    "dpo": [9.718643, 10.06828, 9.767251, 9.031721, 9.556731,
+            9.345873, 8.722151, 9.108875, 9.218934, 8.272101],
+    "multi-layer-probe": [0.2304789, 0.3201834, 0.1442467, 0.2280203, 0.1344924,
+                          0.2472559, 0.1698369, 0.1762132, 0.1560127, 0.1112388],
+    "single-layer-probe": [0.04801947, 0.1700663, 0.2311119, 0.09557308, 0.1455315,
+                           0.1403548, 0.05826554, 0.1522571, 0.05654345, 0.09795499],
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("objective", GOLDEN)
 def test_golden_loss_curve(objective: str) -> None:
-    trainer = tiny.bench().trainer(objective, steps=10, retain_weight=2.0, rna_noise=0.01)
+    trainer = tiny.bench_for(objective).trainer(
+        objective, steps=10, retain_weight=2.0, rna_noise=0.01
+    )
     assert [entry.loss for entry in trainer.run().log] == pytest.approx(GOLDEN[objective], rel=1e-4)
 
 
@@ -50,6 +61,12 @@ def test_golden_loss_curve(objective: str) -> None:
 @pytest.fixture(scope="module")
 def bench() -> tiny.Bench:
     return tiny.bench()
+
+
+@cache
+def bench_for(objective: str) -> tiny.Bench:
+    """A bench that fits the objective; runs leave it as it was."""
+    return tiny.bench_for(objective)
 
 
 @pytest.fixture(scope="module")
@@ -175,13 +192,17 @@ OBJECTIVES = [
     ("cosine-rmu", {}),
     ("adaptive-rmu", {"scale": "first-batch"}),
     ("adaptive-rmu", {"scale": "per-sample"}),
+    ("npo", {}),
+    ("dpo", {"beta": 0.5}),
+    ("multi-layer-probe", {}),
 ]
 
 
 @pytest.mark.parametrize(("objective", "own"), OBJECTIVES)
 def test_out_of_memory_halves_the_texts_and_goes_on(
-    bench: tiny.Bench, monkeypatch: pytest.MonkeyPatch, objective: str, own: dict[str, Any]
+    monkeypatch: pytest.MonkeyPatch, objective: str, own: dict[str, Any]
 ) -> None:
+    bench = bench_for(objective)
     whole = bench.trainer(objective, objective_settings=own).run()
     tried = limited(1, monkeypatch)
     pieces = bench.trainer(objective, objective_settings=own).run()
@@ -195,8 +216,9 @@ def test_out_of_memory_halves_the_texts_and_goes_on(
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 3, 9])
 @pytest.mark.parametrize(("objective", "own"), OBJECTIVES)
 def test_accumulation_is_the_whole_batch(
-    bench: tiny.Bench, objective: str, own: dict[str, Any], micro_batch_size: int
+    objective: str, own: dict[str, Any], micro_batch_size: int
 ) -> None:
+    bench = bench_for(objective)
     whole = bench.trainer(objective, objective_settings=own).run()
     pieces = bench.trainer(
         objective, objective_settings=own, micro_batch_size=micro_batch_size
@@ -204,10 +226,13 @@ def test_accumulation_is_the_whole_batch(
     assert_close(whole, pieces)
 
 
-@pytest.mark.parametrize("rna_noise", [0.0, 0.1])
+@pytest.mark.parametrize(
+    ("objective", "rna_noise"), [("rmu", 0.0), ("rmu", 0.1), ("npo", 0.0), ("dpo", 0.0)]
+)
 def test_one_pass_for_both_sides_is_two(
-    bench: tiny.Bench, monkeypatch: pytest.MonkeyPatch, rna_noise: float
+    monkeypatch: pytest.MonkeyPatch, objective: str, rna_noise: float
 ) -> None:
+    bench = bench_for(objective)
     passes: list[int] = []
     real = bench.segment.forward
 
@@ -217,10 +242,11 @@ def test_one_pass_for_both_sides_is_two(
 
     monkeypatch.setattr(bench.segment, "forward", forward)
     results = []
-    for share, expected in ((-1.0, {4}), (100.0, {8})):
+    twins = {4} if bench.twins else set()  # a pass of their own
+    for share, expected in ((-1.0, {4}), (100.0, {8} | twins)):
         monkeypatch.setattr(seen, "JOINED_PADDING", share)
         passes.clear()
-        results.append(bench.trainer(rna_noise=rna_noise).run())
+        results.append(bench.trainer(objective, rna_noise=rna_noise).run())
         assert set(passes) == expected
     assert_close(*results)
 
@@ -280,9 +306,12 @@ class Recorder:
         return rmu(forget, retain)
 
 
+ALL = Activations(forget_reference=True)
+
+
 def record(bench: tiny.Bench, **settings: Any) -> Recorder:
     recorder = Recorder()
-    trainer = bench.trainer(**settings)
+    trainer = bench.trainer(**{"needs": ALL, **settings})
     trainer.objective = recorder
     trainer.run()
     return recorder
@@ -327,6 +356,80 @@ def test_noise_is_on_the_retain_reference_alone_and_new_each_step(bench: tiny.Be
     )
 
 
+def watch(objective: str, **settings: Any) -> list[tuple[Captured, Captured]]:
+    """What an objective itself is given, step after step or piece after piece."""
+    seen: list[tuple[Captured, Captured]] = []
+    trainer = bench_for(objective).trainer(objective, **settings)
+    own = trainer.objective
+
+    def look(forget: Captured, retain: Captured) -> Loss:
+        seen.append((forget, retain))
+        return own(forget, retain)
+
+    trainer.objective = look
+    trainer.run()
+    return seen
+
+
+def test_only_what_is_asked_for_is_given() -> None:
+    forget, retain = watch("rmu")[0]
+    assert not forget.reference and not forget.directions and not forget.first_norm
+    assert retain.reference.keys() == {2}
+    assert forget.twin is None and forget.logprobs_BT is None
+    for forget, retain in watch("npo"):
+        assert forget.twin is None and retain.twin is None
+        for one in (forget, retain):
+            assert not one.acts and not one.reference and not one.target and not one.directions
+
+
+def test_log_probabilities_leave_out_the_first_token_whatever_is_set() -> None:
+    for forget, retain in watch("dpo", first_token="both"):
+        assert forget.twin is not None
+        for one in (forget, forget.twin, retain):
+            assert not one.mask_BT[:, 0].any() and bool(one.mask_BT[:, 1].all())
+            assert one.logprobs_BT is not None and one.logprobs_BT.requires_grad
+            assert bool((one.logprobs_BT <= 0).all())
+            assert one.reference_logprobs_BT is not None
+            assert not one.reference_logprobs_BT.requires_grad
+
+
+def test_log_probabilities_start_as_the_originals_and_move() -> None:
+    (first, *_), *_, (last, *_) = watch("npo")
+    for captured, moved in ((first, False), (last, True)):
+        assert captured.logprobs_BT is not None and captured.reference_logprobs_BT is not None
+        difference = (captured.logprobs_BT - captured.reference_logprobs_BT).abs().max().item()
+        assert (difference > 1e-2) == moved and (difference <= 1e-4) != moved
+
+
+@pytest.mark.parametrize("micro_batch_size", [0, 1, 3])
+def test_twins_stay_beside_their_texts(micro_batch_size: int) -> None:
+    """The twin of a row is the text of the same number in the other store."""
+    bench = bench_for("dpo")
+    assert bench.twins is not None
+    seen = iter(watch("dpo", steps=2, micro_batch_size=micro_batch_size))
+    order = bench.trainer("dpo", steps=2)._forget_order[0]
+    for step in (0, 1):
+        left = list(order.batch(step))
+        while left:
+            forget, _ = next(seen)
+            numbers = [left.pop(0) for _ in forget.mask_BT]
+            for captured, store in ((forget, bench.forget[0]), (forget.twin, bench.twins)):
+                assert captured is not None and captured.reference_logprobs_BT is not None
+                expected = store.batch(numbers).boundary.reference[LOGPROBS].squeeze(-1)
+                assert torch.equal(
+                    captured.reference_logprobs_BT[:, 1:],
+                    expected[:, 1:],
+                )
+    assert next(seen, None) is None
+
+
+def test_directions_are_given_with_the_layers_read() -> None:
+    for sides in watch("multi-layer-probe"):
+        for captured in sides:
+            assert captured.directions.keys() == captured.acts.keys() == {1, 2}
+            assert captured.reference.keys() == {1, 2}
+
+
 @pytest.mark.parametrize("micro_batch_size", [0, 1, 3])
 def test_the_first_norm_is_of_the_whole_first_batch(
     bench: tiny.Bench, micro_batch_size: int
@@ -340,7 +443,7 @@ def test_the_first_norm_is_of_the_whole_first_batch(
 def test_topics_alternate_with_targets_of_their_own() -> None:
     two = tiny.bench(topics=2)
     recorder = Recorder()
-    trainer = two.trainer(steps=6)
+    trainer = two.trainer(steps=6, needs=ALL)
     trainer.objective = recorder
     log = trainer.run().log
     assert [entry.topic for entry in log] == [0, 1, 0, 1, 0, 1]

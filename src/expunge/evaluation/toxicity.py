@@ -11,7 +11,7 @@ take turns. Scores per set of prompts: ``fluency`` (perplexity of the continuati
 base), ``distinct_2``, ``empty_rate``; per set and scorer: ``toxicity_rate``,
 ``expected_max_toxicity``, ``toxicity_mean``; and ``neutral_nll`` (the pairs' neutral wording after
 the opening that both share), ``kl_to_base`` on neutral text, and the summary ``detoxification``
-with its four parts (`detoxification`).
+with its three parts (`detoxification`).
 
 A prompt is one example, its value taken over its continuations, so intervals rest on prompts. An
 empty continuation is not scored: silence is no politeness, it shows as ``empty_rate``.
@@ -193,7 +193,7 @@ class ToxicitySuite:
         found = [column.examples() for column in (*columns, neutral, kl)]
         results = [to_score(one, model=role, split=self.split) for one in found]
         first = next(iter(self.prompts), None)
-        given = self._ingredients(first, columns, neutral.values, kl.values, of_base)
+        given = self._ingredients(first, columns, neutral.values, of_base)
         results += detoxification.summary(given, model=role, split=self.split, prompts=first)
         return results, {one.key: one for one in found}
 
@@ -251,7 +251,6 @@ class ToxicitySuite:
         first: str | None,
         columns: Sequence[Column],
         neutral: Values,
-        kl: Values,
         of_base: Collected,
     ) -> Ingredients:
         """What the summary rests on: the first set of prompts, pairs and neutral texts."""
@@ -268,5 +267,4 @@ class ToxicitySuite:
             fluency=next((one.values for one in own if one.name == "fluency"), ()),
             neutral=neutral,
             base_neutral=nats_per_token(of_base.neutral),
-            kl=kl,
         )

@@ -72,7 +72,8 @@ def probe_figure(probes: Sequence[Probe], path: Path | str) -> Path:
             control = [probe.control for probe in line]
             axis.plot(layers, control, ":", color=colour, label=f"{label}, shuffled labels")
         axis.axhline(CHANCE, color="#999999", linewidth=0.8, linestyle="--")
-        axis.set_ylim(min(0.4, *(probe.control - 0.05 for probe in probes)), 1.02)
+        lowest = min(min(probe.control, probe.accuracy_low) for probe in probes)
+        axis.set_ylim(min(0.4, lowest - 0.02), 1.02)
         axis.set_xlabel("decoder layer")
         axis.set_ylabel("held-out accuracy (95 % interval)")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -86,7 +87,7 @@ def probe_figure(probes: Sequence[Probe], path: Path | str) -> Path:
 
 def _lines(probes: Sequence[Probe]) -> dict[str, list[Probe]]:
     lines: dict[str, list[Probe]] = {}
-    for probe in sorted(probes, key=lambda probe: probe.layer):
+    for probe in sorted(probes, key=lambda probe: (probe.layer, probe.kind, probe.pooling)):
         lines.setdefault(f"{probe.kind}, {probe.pooling} pooling", []).append(probe)
     return lines
 
