@@ -9,8 +9,7 @@ Shapes: B batch, T tokens, D hidden size.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +18,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+import textbook
 import tiny
-from expunge.data.tokens import training_batches
 from expunge.objectives.targets import Targets
+from textbook import SEED, WHERE, assert_equal, batch_of, hidden
 
-STEPS, LR, BATCH, SEED, LAYER = 20, 1e-2, 4, 7, 2
+LAYER = 2
 COEFFICIENT, ALPHA = 6.5, 3.0
-
-# model -> decoder layers, and the module trained in each
-WHERE = {
-    "llama": ("model.layers", "mlp.down_proj"),
-    "qwen2": ("model.layers", "mlp.down_proj"),
-    "gpt2": ("transformer.h", "mlp.c_proj"),
-}
 
 # (updated forget BTD, updated retain BTD, frozen retain BTD, both masks BT, u_D) -> loss
 TextbookLoss = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -55,85 +48,30 @@ def cosine_rmu(
 LOSSES: dict[str, TextbookLoss] = {"rmu": rmu, "cosine-rmu": cosine_rmu}
 
 
-def order(lengths: list[int], seed: int) -> list[tuple[int, ...]]:
-    """Batches of the first STEPS steps: epoch after epoch."""
-    batches: list[tuple[int, ...]] = []
-    while len(batches) < STEPS:
-        epoch = len(batches) // (len(lengths) // BATCH)
-        batches += training_batches(
-            len(lengths), batch_size=BATCH, seed=seed * 100_003 + epoch, lengths=lengths
-        )
-    return batches[:STEPS]
-
-
-def textbook(
+def trained_by_the_book(
     name: str, loss_of: TextbookLoss, trained: tuple[int, ...], *, schedule: str = "linear"
-) -> tuple[dict[str, Tensor], dict[str, Tensor], list[float]]:
-    """(trained matrices, their originals, losses) of STEPS steps on two whole models."""
-    updated: Any = tiny.tiny_model(name)
-    frozen = copy.deepcopy(updated)
-    stack, part = WHERE[name]
-    weights = {
-        f"{stack}.{i}.{part}.weight": updated.get_submodule(f"{stack}.{i}.{part}").weight
-        for i in trained
-    }
-    originals = {key: w.detach().clone() for key, w in weights.items()}
-    updated.requires_grad_(False)
-    for weight in weights.values():
-        weight.requires_grad_(True)
-    optimiser = torch.optim.AdamW(list(weights.values()), lr=LR, weight_decay=0.0)
-    decay = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, lambda step: 1 - step / STEPS if schedule == "linear" else 1.0
-    )
-
-    def hidden(model: Any, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
-        seen: list[Tensor] = []
-        hook = model.get_submodule(f"{stack}.{LAYER}").register_forward_hook(
-            lambda _m, _a, out: seen.append(out[0] if isinstance(out, tuple) else out)
-        )
-        model(input_ids=ids_BT, attention_mask=mask_BT.long())
-        hook.remove()
-        return seen[0]
-
+) -> textbook.Textbook:
+    """The run on two whole models."""
     forget_texts, retain_texts = tiny.texts(10, seed=0), tiny.texts(13, seed=50)
-    forget_order = order([len(ids) for ids in forget_texts], SEED)
-    retain_order = order([len(ids) for ids in retain_texts], SEED + 1)
     u_D = Targets("positive", SEED, tiny.HIDDEN).at(0, torch.zeros(1, 1, dtype=torch.long))
-    losses = []
-    for forget_batch, retain_batch in zip(forget_order, retain_order, strict=True):
-        forget_ids, forget_mask = tiny.padded([forget_texts[i] for i in forget_batch])
-        retain_ids, retain_mask = tiny.padded([retain_texts[i] for i in retain_batch])
+
+    def step(updated: Any, frozen: Any, forget: Sequence[int], retain: Sequence[int]) -> Tensor:
+        forget_ids, forget_mask = batch_of(forget_texts, forget)
+        retain_ids, retain_mask = batch_of(retain_texts, retain)
         counted = forget_mask.clone()
         counted[:, 0] = False  # the first token is left out of the forget term
         with torch.no_grad():
-            frozen_BTD = hidden(frozen, retain_ids, retain_mask)
-        loss = loss_of(
-            hidden(updated, forget_ids, forget_mask),
-            hidden(updated, retain_ids, retain_mask),
-            frozen_BTD,
-            counted,
-            retain_mask,
-            u_D,
-        )
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        decay.step()
-        losses.append(loss.item())
-    return {key: w.detach() for key, w in weights.items()}, originals, losses
+            (frozen_BTD,) = hidden(name, frozen, retain_ids, retain_mask, [LAYER])
+        (forget_BTD,) = hidden(name, updated, forget_ids, forget_mask, [LAYER])
+        (retain_BTD,) = hidden(name, updated, retain_ids, retain_mask, [LAYER])
+        return loss_of(forget_BTD, retain_BTD, frozen_BTD, counted, retain_mask, u_D)
+
+    return textbook.train(name, step, trained, schedule=schedule)
 
 
 def settings(objective: str) -> dict[str, Any]:
     own = {"coefficient": COEFFICIENT} if objective == "rmu" else {}
-    return {
-        "objective": objective,
-        "objective_settings": own,
-        "retain_weight": ALPHA,
-        "steps": STEPS,
-        "lr": LR,
-        "batch_size": BATCH,
-        "seed": SEED,
-    }
+    return textbook.settings(objective, ALPHA, **own)
 
 
 def assert_equal_to_textbook(
@@ -146,18 +84,9 @@ def assert_equal_to_textbook(
     **more: Any,
 ) -> None:
     ours = bench.trainer(**settings(objective), lr_schedule=schedule, **more).run()
-    weights, originals, losses = textbook(name, LOSSES[objective], trained, schedule=schedule)
-    assert ours.weights.keys() == weights.keys() and len(weights) == len(trained)
-    for key, weight in weights.items():
-        difference = (ours.weights[key] - weight).norm()
-        learned = (weight - originals[key]).norm()
-        print(f"{key}: weights {difference / weight.norm():.1e}, deltas {difference / learned:.1e}")
-        assert difference <= 1e-5 * weight.norm()
-        assert difference <= 1e-4 * learned
-        # The run was worth comparing: the matrix has moved a good way.
-        assert learned >= 0.1 * weight.norm()
-    assert [entry.loss for entry in ours.log] == pytest.approx(losses, rel=1e-4)
-    assert losses[-1] < losses[0]
+    book = trained_by_the_book(name, LOSSES[objective], trained, schedule=schedule)
+    assert len(book.weights) == len(trained)
+    assert_equal(ours, book)
 
 
 @pytest.mark.parametrize("objective", LOSSES)
@@ -191,6 +120,6 @@ def test_the_comparison_notices_a_wrong_update() -> None:
     """A control: another seed, hence another u and order, is far outside the tolerance."""
     bench = tiny.bench("llama", trained=(1, 2))
     ours = bench.trainer(**{**settings("rmu"), "seed": SEED + 1}).run()
-    weights, originals, _ = textbook("llama", rmu, (1, 2))
-    for key, weight in weights.items():
-        assert (ours.weights[key] - weight).norm() > 0.1 * (weight - originals[key]).norm()
+    book = trained_by_the_book("llama", rmu, (1, 2))
+    for key, weight in book.weights.items():
+        assert (ours.weights[key] - weight).norm() > 0.1 * (weight - book.originals[key]).norm()

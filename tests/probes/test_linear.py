@@ -7,8 +7,6 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 from expunge.evaluation.stats import wilson
 from expunge.probes import linear
@@ -85,13 +83,21 @@ def test_scaling_is_folded_back() -> None:
     rows_SD[:, 0] *= 1e4
     rows_SD[:, 1] = 7
     plane = linear.logistic(rows_SD, labels_S)
-    pipeline = make_pipeline(
-        StandardScaler(), LogisticRegression(C=linear.INVERSE_RIDGE, class_weight="balanced")
-    ).fit(rows_SD.astype(np.float64), labels_S)
-    expected_S = pipeline.decision_function(rows_SD.astype(np.float64))
-    found_S = plane.scores(rows_SD.astype(np.float64))
+    wide_SD = rows_SD.astype(np.float64)
+    within_D = np.sqrt((wide_SD[labels_S].var(0) + wide_SD[~labels_S].var(0)) / 2)
+    scaled_SD = wide_SD / np.where(within_D > 0, within_D, 1)
+    scaled_SD -= scaled_SD.mean(0)
+    model = LogisticRegression(C=linear.INVERSE_RIDGE, class_weight="balanced")
+    expected_S = model.fit(scaled_SD, labels_S).decision_function(scaled_SD)
+    found_S = plane.scores(wide_SD)
     ratio = expected_S.std() / found_S.std()
     np.testing.assert_allclose(found_S * ratio, expected_S, atol=2e-2)
+
+
+def test_a_wide_gap_does_not_turn_the_direction() -> None:
+    rows_SD, labels_S, direction_D = gaussians()
+    rows_SD += (np.where(labels_S, 20, -20)[:, None] * direction_D).astype(np.float32)
+    assert linear.logistic(rows_SD, labels_S).weight_D @ direction_D > 0.99
 
 
 def test_accuracy_and_auroc_by_hand() -> None:

@@ -35,13 +35,11 @@ def test_the_planted_direction_is_found_and_shuffled_labels_give_nothing(
     kind: Any, pooling: Any, paired: bool
 ) -> None:
     model, seeing, _ = planted(kind, pooling, paired=paired)
-    # The ridge turns logistic regression a little toward the dimensions' own differences.
-    found = float(seeing.direction_D @ model.direction_D)
-    assert found > (0.9 if kind == "logistic" else 0.97)
+    assert float(seeing.direction_D @ model.direction_D) > 0.97
     assert seeing.auroc > 0.995 and seeing.accuracy > 0.98
     # 100 held-out texts: 0.5 ± 0.05 (one standard error).
     assert abs(seeing.control - 0.5) < 0.17
-    assert seeing.toxic - seeing.neutral == pytest.approx(8.0 * found, abs=0.1)
+    assert seeing.toxic - seeing.neutral == pytest.approx(8.0, abs=0.3)
     assert seeing.spread == pytest.approx(1.0, abs=0.15)
     assert choose_layers([seeing], [0]) == (0,)
 

@@ -174,11 +174,11 @@ def test_what_is_measured_on_was_never_fitted_on(pooling: Any, paired: bool) -> 
     sides = cut(neutral, toxic, paired=paired, share=0.3, seed=0)
     plan = room._plan([*neutral, *toxic], 90, sides, "logistic", pooling, 100, 0)
     held = plan.held.distinct_texts
-    assert len(held) > 40 and not plan.train[held].any()
+    assert len(held) > 20 and not plan.train[held].any()
     for draw in (plan.fitted, plan.single):
         assert draw is not None and plan.train[draw.texts_S].all()
     # Shuffled within each side: as many toxic labels as before, in other places.
-    for part in (plan.train, np.isin(np.arange(180), held)):
+    for part in (plan.train, ~plan.train):
         assert plan.shuffled[part].sum() == plan.toxic[part].sum()
         assert (plan.shuffled[part] != plan.toxic[part]).any()
 

@@ -32,7 +32,6 @@ from torch.nn.functional import cross_entropy, pad
 from expunge.errors import ModelError, RecipeError, TrainingError
 from expunge.model.structure import Structure, stop, stopping
 
-
 # Stands among captured layers for the head's output: the log-probability of each token given those
 # before it, in nats, of shape BT1; 0 at the first token, which nothing predicts.
 LOGPROBS = -1

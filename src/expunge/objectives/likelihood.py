@@ -46,8 +46,8 @@ def npo(forget: Captured, retain: Captured, *, beta: float = 0.1) -> Loss:
 @objective(
     "dpo",
     source="arXiv:2305.18290 v3; for toxicity arXiv:2401.01967",
-    deviations="only MLP output projections are trained; the rate decays linearly to zero; a retain "
-    "term, the nats/token of retain texts, can be weighed in (0 is the source's)",
+    deviations="only MLP output projections are trained; the rate decays linearly to zero; a "
+    "retain term, the nats/token of retain texts, is weighed in (0 is the source's)",
     needs=Logprobs(twin=True),
     retain_weight=1.0,
 )

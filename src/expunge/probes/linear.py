@@ -51,9 +51,12 @@ def logistic(rows_SD: Floats, labels_S: NDArray[np.bool_]) -> Plane:
     """L2-regularised logistic regression, both classes weighing the same."""
     from sklearn.linear_model import LogisticRegression
 
-    # Standardised, or a few huge dimensions of the residual stream would slow the solver down.
+    # Standardised, or a few huge dimensions of the residual stream would slow the solver down. By
+    # the spread within the classes: that of all rows holds the difference itself, and the ridge
+    # would then turn the direction away from it.
     mean_D = rows_SD.mean(0, dtype=np.float64).astype(rows_SD.dtype)
-    scale_D = rows_SD.std(0, dtype=np.float64).astype(rows_SD.dtype)
+    variances = [rows_SD[labels_S == side].var(0, dtype=np.float64) for side in (False, True)]
+    scale_D = np.sqrt(np.mean(variances, 0)).astype(rows_SD.dtype)
     scale_D[scale_D == 0] = 1
     fitted = LogisticRegression(C=INVERSE_RIDGE, class_weight="balanced", max_iter=ITERATIONS).fit(
         (rows_SD - mean_D) / scale_D, labels_S
