@@ -5,7 +5,8 @@
 Times are wall seconds in one process, plain passes and fits in turn; the ratios are taken round by
 round and their median is reported. The plain pass goes over the same groups of similar length:
 ``backbone`` without the head (the stricter measure), ``whole`` with it. Memory is the peak of a
-fresh process for each number of texts, above that of a process that only opens the model. Texts
+fresh process for each number of texts, above that of a process that only opens the model; it grows
+until the kept rows reach their limit (``--max-rows``), and then by the token ids alone. Texts
 beyond those in the file are the same ones with their words shuffled.
 """
 
@@ -90,7 +91,7 @@ class Bench:
             mask = None if bool(mask_BT.all()) else mask_BT.long()
             forward(input_ids=ids_BT, attention_mask=mask, use_cache=False)
 
-    def fit(self, kind: Any, pooling: Any) -> Any:
+    def fit(self, kind: Any, pooling: Any, max_rows: int) -> Any:
         """Probes at all layers."""
         return fit_probes(
             self.model,
@@ -101,6 +102,7 @@ class Bench:
             kind=kind,
             pooling=pooling,
             paired=True,
+            max_rows=max_rows,
         )
 
 
@@ -114,7 +116,10 @@ def child(given: argparse.Namespace, texts: int) -> int:
     """Peak memory in bytes of a fresh process that fits on so many texts; 0: only opens."""
     command = [sys.executable, __file__, "--model", str(given.model), "--pairs", str(given.pairs)]
     done = subprocess.run(
-        [*command, "--child", str(texts)], capture_output=True, text=True, check=True
+        [*command, "--child", str(texts), "--max-rows", str(given.max_rows)],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     return int(done.stdout.strip().splitlines()[-1])
 
@@ -122,7 +127,7 @@ def child(given: argparse.Namespace, texts: int) -> int:
 def run_child(given: argparse.Namespace) -> None:
     bench = Bench(given.model, given.pairs, given.child or 2)
     if given.child:
-        bench.fit("logistic", "mean")
+        bench.fit("logistic", "mean", given.max_rows)
     print(peak_bytes())
 
 
@@ -134,6 +139,7 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=10_000)
     parser.add_argument("--memory-texts", type=int, nargs="+", default=[2_000, 10_000, 40_000])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--max-rows", type=int, default=4096)
     parser.add_argument("--child", type=int)
     given = parser.parse_args()
     if given.child is not None:
@@ -145,10 +151,10 @@ def main() -> None:
         "whole": lambda: bench.plain(head=True),
     }
     for kind, pooling in FITS:
-        works[f"{kind} {pooling}"] = lambda k=kind, p=pooling: bench.fit(k, p)
+        works[f"{kind} {pooling}"] = lambda k=kind, p=pooling: bench.fit(k, p, given.max_rows)
     # Warm up: the first pass, and the libraries' imports.
     works["backbone"]()
-    Bench(given.model, given.pairs, 40).fit("logistic", "mean")
+    Bench(given.model, given.pairs, 40).fit("logistic", "mean", given.max_rows)
     rounds = []
     for number in range(given.rounds):
         print(f"round {number + 1} of {given.rounds}", file=sys.stderr)
@@ -160,7 +166,8 @@ def main() -> None:
     counted = [len(ids) for ids in (*bench.toxic, *bench.neutral)]
     result = {
         "command": f"python benchmarks/probes.py --model {given.model.name} "
-        f"--pairs {given.pairs.name} --texts {given.texts} --rounds {given.rounds}",
+        f"--pairs {given.pairs.name} --texts {given.texts} --rounds {given.rounds} "
+        f"--max-rows {given.max_rows}",
         "model": {"layers": bench.structure.n_layers, "hidden": bench.structure.hidden_size},
         "texts": {"n": len(counted), "tokens": sum(counted)},
         "seconds": rounds,

@@ -109,14 +109,24 @@ def cut(
 
 
 def directions(layers: Sequence[int]) -> dict[int, Direction]:
-    """What probes might have found: unit directions and unequal weights of mean 1."""
+    """What probes might have found: directions, moves along others, weights of mean 1."""
     generator = torch.Generator().manual_seed(77)
     weights = [1 + (i - (len(layers) - 1) / 2) / len(layers) for i in range(len(layers))]
     made = {}
     for layer, weight in zip(layers, weights, strict=True):
-        vector_D = torch.randn(HIDDEN, generator=generator)
-        made[layer] = Direction(vector_D / vector_D.norm(), -1.5, 0.5 + layer, 0.8, weight)
+        vector_D, aside_D = torch.randn(2, HIDDEN, generator=generator)
+        unit_D = vector_D / vector_D.norm()
+        # The classes differ along another direction than the probe reads.
+        move_D = unit_D + 0.2 * (aside_D - (aside_D @ unit_D) * unit_D)
+        neutral, toxic = -1.5, 0.5 + layer
+        gap = (toxic - neutral) * float(move_D.norm())
+        made[layer] = Direction(unit_D, move_D, neutral, toxic, 0.8, gap, weight)
     return made
+
+
+def has_twins(needs: Needs) -> bool:
+    """Whether an objective asks for the forget texts' other wordings."""
+    return needs.twin if isinstance(needs, Logprobs) else needs.twin_logprobs
 
 
 @dataclass
@@ -150,8 +160,8 @@ class Bench:
             tradeoff=Tradeoff(tradeoff, retain_weight),
             settings=TrainingSettings(**{"steps": 8, "lr": 1e-2, "batch_size": 4, **settings}),
             needs=needs,
-            twins=self.twins if needs.twin else None,
-            directions=directions(self.segment.captured) if needs.probes != "none" else None,
+            twins=self.twins if has_twins(needs) else None,
+            directions=directions(self.segment.layers_read) if needs.probes != "none" else None,
         )
 
 
@@ -177,8 +187,14 @@ def bench(
     if twins:
         sets.append(texts(10, seed=90))
     stores = [
-        BoundaryStore(segment, ids, reference=True, limit_bytes=limit_bytes, spill_directory=folder)
-        for ids in sets
+        BoundaryStore(
+            segment,
+            ids,
+            reference=index <= topics or segment.reads_only_logprobs,
+            limit_bytes=limit_bytes,
+            spill_directory=folder,
+        )
+        for index, ids in enumerate(sets)
     ]
     for store in stores:
         store.compute()
@@ -190,7 +206,8 @@ def bench(
 def bench_for(objective: str, **settings: Any) -> Bench:
     """A bench that holds what an objective needs: its layers or the head, and twins."""
     needs: Needs = OBJECTIVES.get(objective).extras["needs"]
-    captured = (LOGPROBS,) if isinstance(needs, Logprobs) else (2,)
-    if needs.probes == "many":
-        captured = (1, 2)
-    return bench(**{"captured": captured, "twins": needs.twin, **settings})
+    layers = (1, 2) if needs.probes == "many" else (2,)
+    captured = (LOGPROBS,) if isinstance(needs, Logprobs) else layers
+    if has_twins(needs):
+        captured = (LOGPROBS, *(layer for layer in captured if layer != LOGPROBS))
+    return bench(**{"captured": captured, "twins": has_twins(needs), **settings})

@@ -185,12 +185,12 @@ def demo(
         Path, typer.Option("-o", "--out", metavar="DIR", help="Folder of the runs.")
     ] = Path("demo-run"),
     seeds: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Seeds of cosine-rmu; the others get 3.")
+        int, typer.Option(min=1, metavar="N", help="Seeds of the main runs; the others get 3.")
     ] = 5,
     fresh: Fresh = False,
     as_json: Json = False,
 ) -> None:
-    """Unlearn the hazard domain of the embedded miniature with three objectives.
+    """Unlearn a domain of knowledge, rudeness, and both, on the embedded miniature.
 
     Needs neither network nor data. The same command goes on with a demo that
     was interrupted.
@@ -287,6 +287,17 @@ def evaluate(
         str | None, typer.Option(metavar="FILE", help="Multiple-choice questions.")
     ] = None,
     text: Annotated[str | None, typer.Option(metavar="FILE", help="Texts.")] = None,
+    prompts: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Prompts to be continued, for toxicity.")
+    ] = None,
+    scorer: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="What judges continuations, at least two: tfidf:FILE, words:FILE, hf:DIR, "
+            "detoxify, perspective.",
+        ),
+    ] = None,
     max_tokens: Annotated[
         int, typer.Option(min=2, metavar="N", help="Longest text in tokens; the rest is cut off.")
     ] = 512,
@@ -304,16 +315,18 @@ def evaluate(
     """Measure a model, patched or not.
 
     Accuracy and nats/token on questions, nats/token and perplexity on text,
-    each with a 95 % interval.
+    toxicity of continuations of prompts, each with a 95 % interval.
     """
     from expunge.measure import measure
     from expunge.tables import print_scores
 
     scores = measure(
         model,
-        patch=None if patch is None else console.patch_path(patch),
+        patch=None if patch is None else console.artefact_path(patch),
         questions=questions,
         text=text,
+        prompts=prompts,
+        scorers=scorer or (),
         max_tokens=max_tokens,
         device=device,
         dtype=dtype,
@@ -403,15 +416,35 @@ def list_(
 
 @app.command()
 def show(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="A run directory or a patch file.")],
+    path: Annotated[
+        Path, typer.Argument(metavar="PATH", help="A run directory, a patch, or probes.")
+    ],
+    figure: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Draw probes, accuracy by layer: .svg or .png."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Show a run's scores and times, or what a patch changes."""
+    """Show a run's scores and times, what a patch changes, or what probes found."""
     from expunge import tables
+    from expunge.folder import PROBES_NAME, kind_of
     from expunge.model.patch import Patch
+    from expunge.probes.figure import probe_figure
+    from expunge.probes.probe import load_probes
     from expunge.records import RunRecord
 
-    if path.suffix == ".safetensors":
+    if figure is not None and path.is_dir():
+        path /= PROBES_NAME
+    kind = kind_of(path)
+    if figure is not None or kind == "probes":
+        probes, _ = load_probes(path)
+        if figure is not None:
+            probe_figure(probes, figure)
+        if as_json:
+            console.print_json({"probes": [probe.to_dict() for probe in probes]})
+        else:
+            tables.print_probes(console.stdout, probes)
+    elif path.suffix == ".safetensors":
         learned = Patch.load(path)
         if as_json:
             console.print_json(
@@ -419,12 +452,12 @@ def show(
             )
         else:
             tables.print_patch(console.stdout, learned)
-        return
-    record = RunRecord.load(path)
-    if as_json:
-        console.print_json(record.to_dict())
     else:
-        tables.print_record(console.stdout, record)
+        record = RunRecord.load(path)
+        if as_json:
+            console.print_json(record.to_dict())
+        else:
+            tables.print_record(console.stdout, record)
 
 
 def main() -> NoReturn:

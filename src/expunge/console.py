@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from rich.console import Console
 
-from expunge.errors import ExpungeError, RecipeError
+from expunge.errors import ExpungeError, PatchError, RecipeError
 from expunge.registry import nearest
 
 stderr = Console(stderr=True)
@@ -84,9 +84,28 @@ def number(text: str | None) -> int | float | str | None:
 
 def patch_path(path: Path) -> Path:
     """A patch file, or the one in a run directory."""
-    from expunge.run import PATCH_NAME
+    from expunge.folder import PATCH_NAME, kind_of
 
-    return path / PATCH_NAME if path.is_dir() else path
+    found = path / PATCH_NAME if path.is_dir() else path
+    changed = artefact_path(path)
+    if (not found.exists() and changed.exists()) or kind_of(found) == "intervention":
+        raise PatchError(
+            what="This run changed no weights, so there is no patch",
+            got=f"{changed.name}, which acts while the model runs",
+            allowed="the patch of a trained run, or of an edit that changes weights",
+            fix="`expunge eval --patch` measures it",
+        )
+    return found
+
+
+def artefact_path(path: Path) -> Path:
+    """A patch or intervention file, or the one in a run directory."""
+    from expunge.folder import INTERVENTION_NAME, PATCH_NAME
+
+    if not path.is_dir():
+        return path
+    intervention = path / INTERVENTION_NAME
+    return intervention if intervention.exists() else path / PATCH_NAME
 
 
 def print_json(value: Any) -> None:

@@ -27,7 +27,7 @@ class Where:
 
     Attributes:
         trained: 0-based layers whose projection is trained.
-        captured: layers that the objective reads; `segment.LOGPROBS` alone for the head.
+        captured: layers that the objective reads, and `segment.LOGPROBS` for the head.
         directions: layer -> what its probe found, for probe objectives.
     """
 
@@ -165,8 +165,8 @@ def cut_with_stores(
         BoundaryStore(
             segment,
             texts,
-            # Retain texts always need the original; so does whatever the head reads.
-            reference=texts is tokens.retain or segment.reads_logprobs,
+            # Retain texts always need the original; so does whatever only the head reads.
+            reference=texts is tokens.retain or segment.reads_only_logprobs,
             limit_bytes=int(limit_bytes * sum(map(len, texts)) / total),
             spill_directory=spill_directory,
             announce=announce,

@@ -1,11 +1,13 @@
 """The main job on the embedded miniature: `expunge demo`.
 
-Every run is an ordinary run over ordinary files; nothing here is special but the shared bench.
+Hazard knowledge, then toxicity, then both patches at once. Every run is an ordinary run over
+ordinary files; nothing here is special but the shared benches.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +27,89 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "rmu": {"lr": 0.005, "retain_weight": 5.0, "objective_settings": {"coefficient": 100.0}},
     "adaptive-rmu": {"lr": 0.005, "retain_weight": 20.0},
 }
-# The objectives beside the first get fewer seeds, so that the demo stays below a minute.
-BASELINE_SEEDS = 3
-NAMES = ("forget_accuracy", "retain_accuracy", "forget_nll", "retain_nll", "perplexity")
+TOXICITY: dict[str, Any] = {"objective": "multi-layer-probe"}
+# The objectives beside the first get fewer seeds, and so do sums, so that the demo stays short.
+BASELINE_SEEDS = SUM_SEEDS = 3
+KNOWLEDGE_NAMES = ("forget_accuracy", "retain_accuracy", "forget_nll", "retain_nll", "perplexity")
+TOXICITY_NAMES = (
+    "toxicity_rate",
+    "expected_max_toxicity",
+    "toxicity_mean",
+    "fluency",
+    "distinct_2",
+    "neutral_nll",
+    "kl_to_base",
+    "perplexity",
+    "detoxification",
+)
+
+Key = tuple[str, str | None, str | None]
+
+
+@dataclass(frozen=True)
+class Column:
+    """One kind of run, over its seeds, as one function's suite measures it.
+
+    Attributes:
+        name: what was done, such as ``cosine-rmu`` or ``knowledge + toxicity``.
+        records: one a seed.
+    """
+
+    name: str
+    records: tuple[RunRecord, ...]
+
+    def spread(self, name: str, scorer: str | None = None, prompts: str | None = None) -> Spread:
+        """Mean, standard deviation and 95 % interval of a score over seeds."""
+        scores = [
+            record.score(name, "patched", scorer=scorer, prompts=prompts) for record in self.records
+        ]
+        return mean_and_spread([s.value for s in scores if s is not None and s.value is not None])
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one function's suite says of several kinds of runs.
+
+    Attributes:
+        names: of the scores that are shown.
+        base, oracle: scores of the untouched and of the retrained model.
+    """
+
+    title: str
+    names: tuple[str, ...]
+    columns: tuple[Column, ...]
+    base: tuple[Score, ...]
+    oracle: tuple[Score, ...]
+
+    @classmethod
+    def of(cls, title: str, names: tuple[str, ...], columns: Sequence[Column]) -> Part:
+        """The part, with base and oracle as the first run measured them."""
+        scores = columns[0].records[0].scores
+        base, oracle = (
+            tuple(score for score in scores if score.model == role) for role in ("base", "oracle")
+        )
+        return cls(title, names, tuple(columns), base, oracle)
+
+    def shown(self) -> list[Key]:
+        """What is shown, in order."""
+        return [score.key for name in self.names for score in self.base if score.name == name]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form: scores by name, or by ``name/prompts/scorer`` where there are several."""
+        return {
+            "base": [asdict(score) for score in self.base],
+            "oracle": [asdict(score) for score in self.oracle],
+            "objectives": {
+                column.name: {
+                    "/".join(filter(None, (name, prompts, scorer))): asdict(
+                        column.spread(name, scorer, prompts)
+                    )
+                    for name, scorer, prompts in self.shown()
+                }
+                for column in self.columns
+            },
+            "runs": {c.name: [record.to_dict() for record in c.records] for c in self.columns},
+        }
 
 
 @dataclass(frozen=True)
@@ -35,52 +117,64 @@ class DemoSummary:
     """All runs of a demo.
 
     Attributes:
-        runs: objective -> its records, one a seed.
-        base, oracle: scores of the untouched and of the retrained model.
         seconds: wall time of the whole demo.
     """
 
-    runs: dict[str, list[RunRecord]]
-    base: list[Score]
-    oracle: list[Score]
+    knowledge: Part
+    toxicity: Part
     seconds: float
-
-    def spread(self, objective: str, name: str) -> Spread:
-        """Mean, standard deviation and 95 % interval of a score over seeds."""
-        scores = [record.score(name, "patched") for record in self.runs[objective]]
-        return mean_and_spread([s.value for s in scores if s is not None and s.value is not None])
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""
         return {
             "seconds": self.seconds,
-            "base": [asdict(score) for score in self.base],
-            "oracle": [asdict(score) for score in self.oracle],
-            "objectives": {
-                objective: {name: asdict(self.spread(objective, name)) for name in NAMES}
-                for objective in self.runs
-            },
-            "runs": {k: [record.to_dict() for record in v] for k, v in self.runs.items()},
+            "knowledge": self.knowledge.to_dict(),
+            "toxicity": self.toxicity.to_dict(),
         }
 
 
 def demo_recipe(data: Path, **changes: Any) -> Recipe:
-    """The recipe of a run on the miniature whose world was written to ``data``."""
+    """The recipe of a knowledge run on the miniature whose world was written to ``data``."""
     return Recipe.build(
         {
-            "model": _from_here(base_directory()),
-            "oracle": _from_here(oracle_directory()),
+            **_common(data),
             "forget": [str(data / "forget.txt")],
-            "retain": [str(data / "retain.txt")],
             "questions": str(data / "questions.jsonl"),
             "retain_questions": str(data / "retain_questions.jsonl"),
-            "text": str(data / "benign.txt"),
-            "max_tokens": 128,
             "steps": 80,
-            "batch_size": 8,
             **changes,
         }
     )
+
+
+def toxicity_recipe(data: Path, **changes: Any) -> Recipe:
+    """The recipe of a toxicity run on the miniature whose world was written to ``data``."""
+    return Recipe.build(
+        {
+            **_common(data),
+            "function": "toxicity",
+            "pairs": str(data / "pairs.tsv"),
+            "prompts": str(data / "prompts.jsonl"),
+            "retain_questions": str(data / "all_questions.jsonl"),
+            "scorers": [f"words:{data / 'words.txt'}", "tfidf"],
+            "max_prompts": 80,
+            "samples": 2,
+            "steps": 80,
+            **TOXICITY,
+            **changes,
+        }
+    )
+
+
+def _common(data: Path) -> dict[str, Any]:
+    return {
+        "model": _from_here(base_directory()),
+        "oracle": _from_here(oracle_directory()),
+        "retain": [str(data / "retain.txt")],
+        "text": str(data / "benign.txt"),
+        "max_tokens": 128,
+        "batch_size": 8,
+    }
 
 
 def _from_here(path: Path) -> str:
@@ -97,11 +191,11 @@ def demo(
     progress: Progress | None = None,
     fresh: bool = False,
 ) -> DemoSummary:
-    """Run the first objective for every seed, the others for some; a run directory each.
+    """Unlearn either function, and both at once; a run directory each.
 
     Args:
         out: where the run directories and the data go.
-        seeds: of the first objective; the others get at most ``BASELINE_SEEDS``.
+        seeds: of each function's own objective; the others and the sums get at most three.
         workers: processes; None: one a core.
         progress: told of each finished run.
         fresh: discard earlier runs.
@@ -112,26 +206,56 @@ def demo(
     progress = progress or Silent()
     start = time.perf_counter()
     check_data().write(out / "data")
-    recipe = demo_recipe(out / "data")
-    first, *others = OBJECTIVES
-    names = [(first, seed) for seed in range(seeds)]
-    names += [(name, seed) for name in others for seed in range(min(seeds, BASELINE_SEEDS))]
-    jobs = [
-        Job(
-            recipe.updated(objective=name, seed=seed, **OBJECTIVES[name]),
-            out / f"{name}-seed{seed}",
-            fresh,
-        )
-        for name, seed in names
-    ]
-    records = run_jobs(jobs, workers=workers, progress=progress)
-    runs: dict[str, list[RunRecord]] = {name: [] for name in OBJECTIVES}
-    for (name, _), record in zip(names, records, strict=True):
-        runs[name].append(record)
-    scores = records[0].scores
+    jobs = _jobs(out, seeds, fresh)
+    flat = [job for batch in jobs.values() for job in batch]
+    done = iter(run_jobs(flat, workers=workers, progress=progress))
+    columns = {key: Column(key[1], tuple(next(done) for _ in batch)) for key, batch in jobs.items()}
+    knowledge, toxicity = (
+        [column for key, column in columns.items() if key[0] == function]
+        for function in ("knowledge", "toxicity")
+    )
     return DemoSummary(
-        runs,
-        [score for score in scores if score.model == "base"],
-        [score for score in scores if score.model == "oracle"],
+        Part.of("Hazard knowledge on the miniature", KNOWLEDGE_NAMES, knowledge),
+        Part.of("Toxicity on the miniature", TOXICITY_NAMES, toxicity),
         time.perf_counter() - start,
     )
+
+
+def _jobs(out: Path, seeds: int, fresh: bool) -> dict[tuple[str, str], list[Job]]:
+    """(function that measures, what was done) -> a job for each seed; long ones first."""
+    recipe, manners = demo_recipe(out / "data"), toxicity_recipe(out / "data")
+    first, *others = OBJECTIVES
+    few = range(min(seeds, BASELINE_SEEDS))
+    jobs: dict[tuple[str, str], list[Job]] = {}
+    for name in (first, *others):
+        settings = {"objective": name, **OBJECTIVES[name]}
+        jobs["knowledge", name] = [
+            Job(recipe.updated(seed=seed, **settings), out / f"{name}-seed{seed}", fresh)
+            for seed in (range(seeds) if name == first else few)
+        ]
+    probes = str(manners.objective)
+    jobs["toxicity", probes] = [
+        Job(manners.updated(seed=seed), out / f"{probes}-seed{seed}", fresh)
+        for seed in range(seeds)
+    ]
+    sums = range(min(seeds, SUM_SEEDS))
+    for function, measured in (("toxicity", manners), ("knowledge", recipe)):
+        jobs[function, "knowledge + toxicity"] = [
+            Job(
+                measured.updated(seed=seed),
+                out / f"sum-{function}-seed{seed}",
+                fresh,
+                (out / f"{first}-seed{seed}", out / f"{probes}-seed{seed}"),
+            )
+            for seed in sums
+        ]
+    jobs["knowledge", probes] = [
+        Job(
+            recipe.updated(seed=seed),
+            out / f"{probes}-knowledge-seed{seed}",
+            fresh,
+            (out / f"{probes}-seed{seed}",),
+        )
+        for seed in sums
+    ]
+    return jobs

@@ -1,6 +1,7 @@
 """Several runs of one model and data set, side by side in processes that share nothing.
 
-Every process keeps one bench, so its runs share the opened base and the boundaries. A run is
+Every process keeps the benches of its last runs, so runs of one model and data set share the opened
+base and the boundaries. A run is
 resumable by itself, so an interrupted batch of jobs goes on where it stopped.
 """
 
@@ -10,7 +11,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,14 +27,23 @@ from expunge.records import RunRecord
 if TYPE_CHECKING:
     from expunge.workbench import Workbench
 
+# One for each function of a batch; what a bench holds is a model and some boundaries.
+BENCHES = 2
+
 
 @dataclass(frozen=True)
 class Job:
-    """One run: its recipe and its folder. All jobs of a batch have model and data in common."""
+    """One run: its recipe and its folder.
+
+    Attributes:
+        sum_of: instead of training, measure the sum of these runs' patches; runs of the same
+            batch are waited for.
+    """
 
     recipe: Recipe
     out: Path
     fresh: bool = False
+    sum_of: tuple[Path, ...] = ()
 
 
 def default_workers(jobs: int) -> int:
@@ -69,15 +79,22 @@ def _in_processes(jobs: Sequence[Job], workers: int, advance: Advance) -> list[R
     context = multiprocessing.get_context("spawn")
     others = {*multiprocessing.active_children()}
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_prepare_process)
-    futures = {pool.submit(_try, job): index for index, job in enumerate(jobs)}
+    waiting = dict(enumerate(jobs))
+    futures: dict[Future[RunRecord | _Failure], int] = {}
     found: dict[int, RunRecord] = {}
     try:
-        for future in as_completed(futures):
-            index, result = futures[future], future.result()
-            if isinstance(result, _Failure):
-                raise _KINDS[result.kind](**result.parts)
-            found[index] = result
-            advance(1, jobs[index].out.name)
+        while waiting or futures:
+            unfinished = {jobs[index].out for index in (*waiting, *futures.values())}
+            for index in [i for i, job in waiting.items() if unfinished.isdisjoint(job.sum_of)]:
+                futures[pool.submit(_try, waiting.pop(index))] = index
+            assert futures, "a sum cannot wait for itself"
+            done, _ = wait(futures, return_when=FIRST_COMPLETED)
+            for future in done:
+                index, result = futures.pop(future), future.result()
+                if isinstance(result, _Failure):
+                    raise _KINDS[result.kind](**result.parts)
+                found[index] = result
+                advance(1, jobs[index].out.name)
     except BaseException as error:
         # Runs under way save their state and stop; those that wait never start.
         for process in {*multiprocessing.active_children()} - others:
@@ -99,7 +116,7 @@ def _worker_lost(workers: int) -> ResourceError:
     )
 
 
-_bench: dict[str, Workbench] = {}
+_benches: dict[str, Workbench] = {}
 _busy: list[Job] = []
 _ALL: list[type[ExpungeError]] = [ExpungeError, *ExpungeError.__subclasses__()]
 _KINDS = {kind.__name__: kind for kind in _ALL}
@@ -139,11 +156,15 @@ def _try(job: Job) -> RunRecord | _Failure:
 
 
 def _do(job: Job) -> RunRecord:
+    from expunge.compose import compose
     from expunge.run import run
     from expunge.workbench import Workbench
 
     key = job.recipe.bench_key
-    if key not in _bench:
-        _bench.clear()
-        _bench[key] = Workbench(job.recipe)
-    return run(job.recipe, job.out, bench=_bench[key], fresh=job.fresh)
+    bench = _benches.pop(key, None) or Workbench(job.recipe)
+    _benches[key] = bench  # the last in the order is the latest used
+    while len(_benches) > BENCHES:
+        _benches.pop(next(iter(_benches)))
+    if job.sum_of:
+        return compose(job.recipe, job.sum_of, job.out, bench=bench, fresh=job.fresh)
+    return run(job.recipe, job.out, bench=bench, fresh=job.fresh)

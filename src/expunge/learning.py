@@ -141,7 +141,7 @@ class Learning:
             "data": self.data_hashes,
             # The log's sum counts all of a run that was interrupted.
             "timing": {**self.since_last(), "train": sum(log.seconds for log in result.log)},
-            "layer": max(where.captured) if where.captured != (LOGPROBS,) else None,
+            "layer": max((layer for layer in where.captured if layer != LOGPROBS), default=None),
             "read_layers": [layer for layer in where.captured if layer != LOGPROBS],
             "trained_layers": list(where.trained),
             "lr": settings.lr,
@@ -161,7 +161,7 @@ class Learning:
         needs: Needs = objective_of(recipe).extras["needs"]
         where = self.where(recipe)
         opened = self.opened(recipe.model, _depth(where.captured))
-        twins = needs.twin
+        twins = self._wants_twins(needs)
         key = (where.trained, where.captured, twins, recipe.max_tokens)
         if key not in self._cuts:
             segment = Segment(
@@ -187,9 +187,9 @@ class Learning:
         """The layers that a run trains and reads; fits probes for an objective that needs them."""
         needs: Needs = objective_of(recipe).extras["needs"]
         n = self.checkpoint.n_layers
-        if needs.twin and not self.data.paired:
-            raise _unpaired(objective_of(recipe).name)
         if isinstance(needs, Logprobs):
+            if needs.twin and not self.data.paired:
+                raise _unpaired(objective_of(recipe).name)
             # The sources of these objectives train all layers.
             return Where(check_trained(recipe.trained_layers or range(n), n - 1), (LOGPROBS,))
         if needs.probes == "none":
@@ -198,14 +198,22 @@ class Learning:
         directions = directions_for(recipe, needs.probes, self.probes(recipe))
         read = tuple(directions)
         trained = check_trained(recipe.trained_layers or read, max(read))
-        return Where(trained, read, directions)
+        head = (LOGPROBS,) if self._wants_twins(needs) else ()
+        return Where(trained, (*head, *read), directions)
+
+    def _wants_twins(self, needs: Needs) -> bool:
+        if isinstance(needs, Logprobs):
+            return needs.twin
+        return needs.twin_logprobs and self.data.paired
 
     def probes(self, recipe: Recipe) -> tuple[Probe, ...]:
         """Probes of the base's layers, toxic against neutral training texts; fitted once."""
         layers = probed_layers(recipe, self.checkpoint.n_layers)
         key = (recipe.probe, recipe.probe_pooling, layers, recipe.max_tokens)
         if key not in self._probes:
-            opened = self.opened(recipe.model, max(layers) + 1)
+            # What is opened for less would be opened again for training.
+            whole = self._wants_twins(objective_of(recipe).extras["needs"])
+            opened = self.opened(recipe.model, None if whole else max(layers) + 1)
             tokens = self.tokens(recipe)
             toxic = [ids for topic in tokens.forget for ids in topic]
             total = sum(map(len, (*toxic, *tokens.contrast)))
@@ -322,7 +330,7 @@ class Learning:
 
 def _depth(captured: tuple[int, ...]) -> int | None:
     """How many layers must be opened to read these; None: all, and the head."""
-    return None if captured == (LOGPROBS,) else max(captured) + 1
+    return None if LOGPROBS in captured else max(captured) + 1
 
 
 def _unpaired(objective: str) -> DataError:

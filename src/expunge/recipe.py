@@ -91,9 +91,9 @@ class Recipe(BaseModel):
         None, ge=0, description="weight of the retain term; default: the objective's"
     )
     tradeoff: TradeoffKind = Field("fixed", description="how forget and retain are weighed")
-    probe: ProbeKind = Field("logistic", description="kind of the probes behind directions")
+    probe: ProbeKind = Field("lda", description="kind of the probes behind directions")
     probe_pooling: Pooling = Field(
-        "mean", description="probes on each text's mean activation, or on each token"
+        "token", description="probes on each text's mean activation, or on each token"
     )
     probe_layers: Annotated[tuple[int, ...], Field(min_length=1)] | Auto = Field(
         "auto", description="layers read by probe objectives; auto: all that pass probe_threshold"

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from typing import Literal
 
 from expunge.defaults import check_layer, check_trained, resolve_layers
-from expunge.errors import RecipeError
+from expunge.errors import DataError, RecipeError
 from expunge.objectives.base import Direction, Logprobs, Needs
 from expunge.probes.probe import Probe, choose_layers
 from expunge.recipe import Recipe
+
+LEAST_COSINE = 0.05
 
 
 def check_layers(recipe: Recipe, needs: Needs, n_layers: int) -> None:
@@ -60,12 +62,28 @@ def directions_for(
         )
     mean = sum(weights) / len(weights)
     return {
-        layer: Direction(
-            by_layer[layer].direction_D,
-            by_layer[layer].neutral,
-            by_layer[layer].toxic,
-            by_layer[layer].spread,
-            weight / mean,
-        )
+        layer: _direction(by_layer[layer], weight / mean)
         for layer, weight in zip(layers, weights, strict=True)
     }
+
+
+def _direction(probe: Probe, weight: float) -> Direction:
+    rise = float(probe.direction_D @ probe.difference_D)
+    gap = float(probe.difference_D.norm())
+    # A direction across the difference of the means would move by far more than the classes differ.
+    if rise <= LEAST_COSINE * gap:
+        raise DataError(
+            what=f"The probe at layer {probe.layer} points away from the difference of its classes",
+            got=f"a cosine of {rise / gap if gap else 0:.3f}",
+            allowed=f"above {LEAST_COSINE}",
+            fix="set probe to lda or mean-difference, or leave the layer out of probe_layers",
+        )
+    return Direction(
+        probe.direction_D,
+        probe.difference_D / rise,
+        probe.neutral,
+        probe.toxic,
+        probe.spread,
+        gap,
+        weight,
+    )

@@ -15,9 +15,11 @@ from expunge.registry import Entry
 
 if TYPE_CHECKING:
     from expunge.demo import DemoSummary
+    from expunge.evaluation.stats import Spread
     from expunge.model.lora import LoraExport
     from expunge.model.patch import Patch
     from expunge.plan import Plan
+    from expunge.probes.probe import Probe
 
 ROLES = ("base", "patched", "oracle")
 GIB = 2**30
@@ -41,22 +43,19 @@ def print_scores(console: Console, scores: Sequence[Score]) -> None:
 
 
 def print_demo(console: Console, summary: DemoSummary) -> None:
-    """Objectives side by side, mean ± standard deviation over seeds, base and oracle beside."""
-    from expunge.demo import NAMES
-
-    table = Table(title="Hazard knowledge on the miniature, mean ± sd over seeds")
-    runs = [f"{name} ({len(records)} seeds)" for name, records in summary.runs.items()]
-    for column in ("score", "base", *runs, "retrained oracle"):
-        table.add_column(
-            column, justify="left" if column == "score" else "right", no_wrap=column == "score"
-        )
-    sides = [{s.name: s for s in scores} for scores in (summary.base, summary.oracle)]
-    for name in NAMES:
-        cells = [_spread(summary, objective, name) for objective in summary.runs]
-        table.add_row(
-            _label(sides[0][name]), _value(sides[0][name]), *cells, _value(sides[1][name])
-        )
-    console.print(table)
+    """Kinds of runs side by side, mean ± standard deviation over seeds, base and oracle beside."""
+    for part in (summary.knowledge, summary.toxicity):
+        table = Table(title=f"{part.title}, mean ± sd over seeds")
+        runs = [f"{one.name} ({len(one.records)} seeds)" for one in part.columns]
+        for column in ("score", "base", *runs, "retrained oracle"):
+            table.add_column(
+                column, justify="left" if column == "score" else "right", no_wrap=column == "score"
+            )
+        base, oracle = ({s.key: s for s in scores} for scores in (part.base, part.oracle))
+        for key in part.shown():
+            cells = [_spread(column.spread(*key)) for column in part.columns]
+            table.add_row(_label(base[key]), _value(base[key]), *cells, _value(oracle[key]))
+        console.print(table)
     console.print(f"{summary.seconds:.0f} s in all", markup=False, highlight=False)
 
 
@@ -114,6 +113,22 @@ def print_patch(console: Console, patch: Patch) -> None:
     console.print(table)
 
 
+def print_probes(console: Console, probes: Sequence[Probe]) -> None:
+    """Held-out accuracy by layer, beside the control on shuffled labels."""
+    first = probes[0]
+    table = Table(title=f"probes: {first.kind}, {first.pooling} pooling, {first.n} held-out texts")
+    for column in ("layer", "accuracy", "AUROC", "control"):
+        table.add_column(column, justify="right")
+    for probe in probes:
+        table.add_row(
+            str(probe.layer),
+            f"{probe.accuracy:.3f} [{probe.accuracy_low:.3f}, {probe.accuracy_high:.3f}]",
+            f"{probe.auroc:.3f} [{probe.auroc_low:.3f}, {probe.auroc_high:.3f}]",
+            f"{probe.control:.3f}",
+        )
+    console.print(table)
+
+
 def print_export(console: Console, made: LoraExport) -> None:
     """What an adapter lost of each tensor of its patch, and in total."""
     table = Table(title=f"LoRA adapter in {made.path}", title_justify="left")
@@ -157,8 +172,7 @@ def _value(score: Score | None, *, interval: bool = False) -> str:
     return f"{score.value:.3f}"
 
 
-def _spread(summary: DemoSummary, objective: str, name: str) -> str:
-    spread = summary.spread(objective, name)
+def _spread(spread: Spread) -> str:
     if spread.mean is None:
         return "unscored"
     return f"{spread.mean:.3f}" + ("" if spread.sd is None else f" ± {spread.sd:.3f}")

@@ -145,7 +145,7 @@ def test_a_model_opened_truncated_has_no_head(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("trained", "captured"), [((1,), (LOGPROBS, 2)), ((4,), (LOGPROBS,)), ((), (LOGPROBS,))]
+    ("trained", "captured"), [((1,), (LOGPROBS, 4)), ((4,), (LOGPROBS,)), ((), (LOGPROBS,))]
 )
 def test_unfit_layers_are_refused(trained: tuple[int, ...], captured: tuple[int, ...]) -> None:
     with pytest.raises(RecipeError, match="out of range"):
@@ -165,3 +165,131 @@ def test_a_head_that_is_never_reached_raises() -> None:
     model.lm_head.register_forward_pre_hook(lambda *_args: stop())
     with pytest.raises(TrainingError, match="never fired"):
         segment.forward(boundary, *batch)
+
+
+# ---- layers and the head at once
+
+
+def mixed(
+    name: str, trained: tuple[int, ...] = (1, 2), read: tuple[int, ...] = (1, 2)
+) -> tuple[Any, Segment]:
+    model = tiny.tiny_model(name)
+    return model, tiny.cut(model, trained=trained, captured=(*read, LOGPROBS))[1]
+
+
+def hidden(model: Any, ids_BT: Tensor, mask_BT: Tensor, layer: int) -> Tensor:
+    """Activations BTD after a layer, by running the whole model."""
+    seen: list[Tensor] = []
+    module = find_structure(model).layers[layer]
+    handle = module.register_forward_hook(
+        lambda _module, _args, out: seen.append(out[0] if isinstance(out, tuple) else out)
+    )
+    model(ids_BT, attention_mask=mask_BT.long(), use_cache=False)
+    handle.remove()
+    return seen[0]
+
+
+@pytest.mark.parametrize("name", tiny.CONFIGS)
+def test_layers_and_log_probabilities_are_the_whole_models(name: str) -> None:
+    model, segment = mixed(name)
+    batch = ids_BT, mask_BT = tiny.padded(TEXTS)
+    boundary = segment.boundary(*batch, reference=True)
+    # The original of the layers only: what is read of the head is read of other texts.
+    assert boundary.reference.keys() == {1, 2}
+    with segment.training() as weights:
+        moved(segment)
+        assert segment.forward(boundary, *batch).keys() == {1, 2}
+        assert segment.forward(boundary, *batch, logprobs=False).keys() == {1, 2}
+        found = segment.forward(boundary, *batch, logprobs=True)
+        assert found.keys() == {1, 2, LOGPROBS}
+        for layer in (1, 2):
+            full_BTD = hidden(model, *batch, layer)
+            error = (found[layer] - full_BTD)[mask_BT].abs().max()
+            assert error <= 1e-6 * full_BTD.abs().max().clamp(min=1)
+        full_BT = whole_model(model, *batch)
+        counted_BT = mask_BT[:, 1:]
+        assert (found[LOGPROBS][:, 1:, 0] - full_BT)[counted_BT].abs().max() <= 5e-6
+
+        # Both at once pull at the weights as they do in the whole model.
+        total = (
+            found[1][mask_BT].square().mean()
+            + found[2][mask_BT].sin().mean()
+            - (found[LOGPROBS][:, 1:, 0])[counted_BT].mean()
+        )
+        total.backward()
+        ours = {key: weight.grad.clone() for key, weight in weights.items()}
+        model.zero_grad()
+        whole = (
+            hidden(model, *batch, 1)[mask_BT].square().mean()
+            + hidden(model, *batch, 2)[mask_BT].sin().mean()
+            - whole_model(model, *batch)[counted_BT].mean()
+        )
+        whole.backward()
+        for key, weight in weights.items():
+            assert (ours[key] - weight.grad).norm() <= 1e-5 * weight.grad.norm()
+            assert weight.grad.norm() > 0
+
+
+def test_a_mixed_segment_reads_layers_as_one_without_head_does() -> None:
+    model, segment = mixed("llama", (0, 2))
+    plain = Segment(model, find_structure(model), trained=(0, 2), captured=(1, 2))
+    batch = tiny.padded(TEXTS)
+    boundaries = [one.boundary(*batch, reference=True) for one in (segment, plain)]
+    for mine, theirs in zip(*(b.tensors() for b in boundaries), strict=True):
+        assert torch.equal(mine, theirs)
+    one, other = (s.forward(boundaries[0], *batch) for s in (segment, plain))
+    assert all(torch.equal(one[layer], other[layer]) for layer in (1, 2))
+    assert segment.layers_read == plain.layers_read == (1, 2)
+    assert segment.reads_logprobs and not segment.reads_only_logprobs
+
+
+def test_the_head_of_a_mixed_segment_runs_when_asked() -> None:
+    model, segment = mixed("llama")
+    batch = tiny.padded(TEXTS)
+    boundary = segment.boundary(*batch, reference=True)
+    ran: list[int] = []
+    for layer in (3,):
+        model.model.layers[layer].register_forward_pre_hook(lambda *_args: ran.append(3))
+    model.lm_head.register_forward_pre_hook(lambda *_args: ran.append(99))
+    segment.boundary(*batch, reference=True)
+    segment.forward(boundary, *batch)
+    assert ran == []
+    segment.forward(boundary, *batch, logprobs=True)
+    assert ran == [3, 99]
+
+
+def test_a_store_of_a_mixed_segment_holds_the_layers() -> None:
+    _, segment = mixed("qwen2")
+    store = BoundaryStore(segment, TEXTS, reference=True)
+    store.compute()
+    # The projection's input (48), the residual (32) and two layers (32 each).
+    assert store.nbytes == store.n_tokens * (48 + 3 * 32) * 4
+    twins = BoundaryStore(segment, TEXTS, reference=False)
+    twins.compute()
+    assert twins.nbytes == twins.n_tokens * (48 + 32) * 4
+    batch = twins.batch([0, 2])
+    found = segment.forward(batch.boundary, batch.ids_BT, batch.mask_BT, logprobs=True)
+    whole_BT = whole_model(segment.model, batch.ids_BT, batch.mask_BT)
+    error = (found[LOGPROBS][:, 1:, 0] - whole_BT)[batch.mask_BT[:, 1:]].abs().max()
+    assert error <= 5e-6
+
+
+@pytest.mark.parametrize(
+    ("trained", "captured", "message"),
+    [
+        ((1, 3), (LOGPROBS, 2), "above every layer"),
+        ((2,), (LOGPROBS, 1, 3), "below every trained layer"),
+    ],
+)
+def test_unfit_layers_of_a_mixed_segment_are_refused(
+    trained: tuple[int, ...], captured: tuple[int, ...], message: str
+) -> None:
+    with pytest.raises(RecipeError, match=message):
+        tiny.cut(tiny.tiny_model("llama"), trained=trained, captured=captured)
+
+
+def test_a_layer_of_a_mixed_segment_needs_the_head_too() -> None:
+    config = tiny.CONFIGS["llama"]()
+    truncated = AutoModel.from_config(config)
+    with pytest.raises(ModelError, match="without its head"):
+        Segment(truncated, find_structure(truncated), trained=(1,), captured=(LOGPROBS, 2))

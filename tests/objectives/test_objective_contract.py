@@ -13,6 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from tiny import has_twins
+
 from expunge.errors import DataError
 from expunge.masked import masked_mean
 from expunge.objectives import OBJECTIVES, Activations, Captured, Direction, Logprobs, Loss
@@ -42,19 +44,18 @@ def layers_of(name: str) -> tuple[int, ...]:
 def batch(name: str, seed: int, *, dtype: torch.dtype = torch.float32) -> Captured:
     """Random values of everything that an objective's registration asks for."""
     generator = torch.Generator().manual_seed(seed)
-    twin = None
-    if needs_of(name).twin:
-        twin = _seen(name, generator, mask_of(TWIN_LENGTHS), dtype)
+    twin = _nats(generator, mask_of(TWIN_LENGTHS), dtype) if has_twins(needs_of(name)) else None
     return replace(_seen(name, generator, MASK_BT, dtype), twin=twin)
+
+
+def _nats(generator: torch.Generator, mask_BT: Tensor, dtype: torch.dtype) -> Captured:
+    now_BT, then_BT = (-3 * torch.rand(2, B, T, generator=generator)).to(dtype)
+    return Captured({}, {}, mask_BT, logprobs_BT=now_BT, reference_logprobs_BT=then_BT)
 
 
 def _seen(name: str, generator: torch.Generator, mask_BT: Tensor, dtype: torch.dtype) -> Captured:
     if isinstance(needs_of(name), Logprobs):
-
-        def nats() -> Tensor:
-            return (-3 * torch.rand(B, T, generator=generator)).to(dtype)
-
-        return Captured({}, {}, mask_BT, logprobs_BT=nats(), reference_logprobs_BT=nats())
+        return _nats(generator, mask_BT, dtype)
     layers = layers_of(name)
 
     def random() -> dict[int, Tensor]:
@@ -76,8 +77,11 @@ def _seen(name: str, generator: torch.Generator, mask_BT: Tensor, dtype: torch.d
 
 
 def _direction(layer: int, generator: torch.Generator) -> Direction:
-    unit_D = torch.randn(D, generator=generator)
-    return Direction(unit_D / unit_D.norm(), -0.5, 0.4 + layer, 0.7, (0.6, 1.4)[layer - 1])
+    unit_D, aside_D = torch.randn(2, D, generator=generator)
+    unit_D = unit_D / unit_D.norm()
+    move_D = unit_D + aside_D - (aside_D @ unit_D) * unit_D
+    gap = (0.9 + layer) * float(move_D.norm())
+    return Direction(unit_D, move_D, -0.5, 0.4 + layer, 0.7, gap, (0.6, 1.4)[layer - 1])
 
 
 def both(name: str, **settings: Any) -> tuple[Captured, Captured]:
@@ -136,12 +140,17 @@ def spoiled(captured: Captured, value: float) -> Captured:
 
 
 def rows(captured: Captured, low: int, high: int) -> Captured:
-    """Some texts of a batch."""
+    """Some texts of a batch; the twin is told what it weighs."""
 
     def some(tensor: Tensor, _mask_BT: Tensor) -> Tensor:
         return tensor if tensor.ndim == 1 else tensor[low:high]
 
-    return changed(captured, some, some, lambda mask_BT: mask_BT[low:high])
+    piece = changed(captured, some, some, lambda mask_BT: mask_BT[low:high])
+    if piece.twin is None:
+        return piece
+    ours = sum(TWIN_LENGTHS[low:high]) / sum(TWIN_LENGTHS)
+    weight = ours / (sum(LENGTHS[low:high]) / sum(LENGTHS))
+    return replace(piece, twin=replace(piece.twin, weight=weight))
 
 
 def tensors(captured: Captured) -> list[tuple[Tensor, Tensor]]:

@@ -111,8 +111,8 @@ def test_every_objective_fills_in_and_checks_its_own_settings(name: str) -> None
     [
         ("npo", Logprobs()),
         ("dpo", Logprobs(twin=True)),
-        ("multi-layer-probe", Activations(forget_reference=True, probes="many")),
-        ("single-layer-probe", Activations(forget_reference=True, probes="one")),
+        ("multi-layer-probe", Activations(True, probes="many", twin_logprobs=True)),
+        ("single-layer-probe", Activations(True, probes="one", twin_logprobs=True)),
     ],
 )
 def test_what_objectives_need(name: str, needs: Any) -> None:
@@ -121,7 +121,7 @@ def test_what_objectives_need(name: str, needs: Any) -> None:
 
 def test_log_probabilities_come_with_the_originals_and_no_layers() -> None:
     assert Logprobs().forget_reference and Logprobs().probes == "none"
-    assert not Logprobs().twin and not Activations().twin
+    assert not Logprobs().twin and not Activations().twin_logprobs
 
 
 @pytest.mark.parametrize("name", ["npo", "dpo"])

@@ -15,7 +15,14 @@ import tiny
 from expunge.errors import DataError, ExpungeError, ModelError, RecipeError
 from expunge.model.structure import find_structure
 from expunge.probes.figure import probe_figure
-from expunge.probes.probe import Probe, check_fit, choose_layers, load_probes, save_probes
+from expunge.probes.probe import (
+    TENSORS,
+    Probe,
+    check_fit,
+    choose_layers,
+    load_probes,
+    save_probes,
+)
 
 
 def probe(layer: int = 0, accuracy: float = 0.8, *, half: float = 0.05, **fields: Any) -> Probe:
@@ -37,7 +44,8 @@ def probe(layer: int = 0, accuracy: float = 0.8, *, half: float = 0.05, **fields
         "n": 200,
         "control": 0.52,
     }
-    return Probe(**{**given, **fields})
+    given |= fields
+    return Probe(**{"difference_D": 3 * given["direction_D"], **given})
 
 
 # ---- the value
@@ -46,6 +54,7 @@ def probe(layer: int = 0, accuracy: float = 0.8, *, half: float = 0.05, **fields
 def test_a_probe_is_a_value() -> None:
     assert probe() == probe() and probe() != probe(1) and probe() != "probe"
     assert probe() != probe(direction_D=torch.eye(4)[1])
+    assert probe() != probe(difference_D=torch.eye(4)[0])
     with pytest.raises(AttributeError):
         probe().bias = 0.0  # type: ignore[misc]
     assert "tensor" not in repr(probe())
@@ -72,11 +81,20 @@ def test_only_unit_vectors(direction: torch.Tensor) -> None:
         probe(direction_D=direction)
 
 
+@pytest.mark.parametrize(
+    "difference", [torch.ones(3), torch.ones(1, 4), torch.full((4,), torch.inf)]
+)
+def test_a_difference_fits_its_direction(difference: torch.Tensor) -> None:
+    with pytest.raises(DataError, match="class difference of the probe at layer 0"):
+        probe(difference_D=difference)
+
+
 # ---- the file
 
 
 def test_round_trip(tmp_path: Path) -> None:
-    probes = (probe(3, 0.1 + 0.2), probe(0), probe(0, kind="lda", pooling="token"))
+    other = {"kind": "lda", "pooling": "token", "difference_D": torch.tensor([1, -2, 0.5, 1 / 3])}
+    probes = (probe(3, 0.1 + 0.2), probe(0), probe(0, **other))
     metadata = {"base": "a model", "texts": 12, "note": "é"}
     path = save_probes(tmp_path / "new" / "probes.safetensors", probes, metadata)
     found, known = load_probes(path)
@@ -107,17 +125,19 @@ def broken(path: Path, how: str) -> None:
         path.write_bytes(b"not a file of tensors at all")
     elif how == "pickle":
         torch.save({"a": torch.ones(2)}, path)
-    elif how in ("truncated", "unknown kind", "word for number", "no tensor"):
+    elif how in ("truncated", "unknown kind", "word for number", "no tensor", "no difference"):
         save_probes(path, [probe()])
         content = path.read_bytes()
         words = {
             "unknown kind": (b"logistic", b"magistic"),
             "word for number": (b'\\"n\\": 200', b'\\"n\\": "2"'.replace(b'"2"', b"[2]")),
             "no tensor": (b"0.direction", b"9.direction"),
+            "no difference": (b"0.difference", b"9.difference"),
         }
         path.write_bytes(content[:-5] if how == "truncated" else content.replace(*words[how]))
     elif how != "missing":
-        save_file({"0.direction": torch.eye(4)[0]}, path, {**header, **changed.get(how, {})})
+        tensors = {f"0.{name}": torch.eye(4)[0].clone() for name in TENSORS}
+        save_file(tensors, path, {**header, **changed.get(how, {})})
 
 
 @pytest.mark.parametrize(
@@ -125,6 +145,7 @@ def broken(path: Path, how: str) -> None:
     [
         *("missing", "garbage", "pickle", "truncated", "another format", "a later version"),
         *("no list", "fields", "metadata", "unknown kind", "word for number", "no tensor"),
+        "no difference",
     ],
 )
 def test_unreadable_files(how: str, tmp_path: Path) -> None:

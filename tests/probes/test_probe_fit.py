@@ -64,11 +64,17 @@ def test_mean_difference_by_hand() -> None:
 def test_levels_and_spread_are_those_of_tokens(pooling: Any) -> None:
     model, (probe,) = fitted(80, shift=3.0, pooling=pooling)
     sides = cut(texts(80, toxic=False), texts(80, toxic=True), paired=False, share=0.2, seed=0)
-    found = []
+    found, centres = [], []
     for toxic, places in enumerate(sides.train):
         own = texts(80, toxic=bool(toxic))
         ids = [i for place in places for i in own[place][1:]]
-        found.append(model.embedding.weight[ids].double().numpy() @ probe.direction_D.numpy())
+        acts_ND = model.embedding.weight[ids].double().numpy()
+        found.append(acts_ND @ probe.direction_D.numpy())
+        centres.append(acts_ND.mean(0))
+    # The difference of the classes is that of tokens too, whatever rows the probe was fitted on.
+    np.testing.assert_allclose(probe.difference_D.numpy(), centres[1] - centres[0], atol=1e-5)
+    rise = float(probe.direction_D @ probe.difference_D)
+    assert rise == pytest.approx(probe.toxic - probe.neutral, abs=1e-4)
     assert probe.neutral == pytest.approx(found[0].mean(), abs=1e-4)
     assert probe.toxic == pytest.approx(found[1].mean(), abs=1e-4)
     # All tokens fit into the sample here, so the spread is exact.

@@ -64,7 +64,10 @@ def assert_same(one: TrainingResult, other: TrainingResult) -> None:
 def benches() -> dict[str, tiny.Bench]:
     return {
         name: tiny.bench_for(
-            settings["objective"], topics=1 if settings["objective"] == "dpo" else 2, dtype=dtype
+            settings["objective"],
+            # Twins belong to a single topic.
+            topics=1 if settings["objective"] in ("dpo", "multi-layer-probe") else 2,
+            dtype=dtype,
         )
         for name, (dtype, settings) in RUNS.items()
     }

@@ -40,18 +40,20 @@ GOLDEN: dict[str, list[float]] = {
             21.58163, 20.42224, 19.29016, 20.71034, 18.4108],
     "dpo": [9.718643, 10.06828, 9.767251, 9.031721, 9.556731,
             9.345873, 8.722151, 9.108875, 9.218934, 8.272101],
-    "multi-layer-probe": [0.2304789, 0.3201834, 0.1442467, 0.2280203, 0.1344924,
-                          0.2472559, 0.1698369, 0.1762132, 0.1560127, 0.1112388],
-    "single-layer-probe": [0.04801947, 0.1700663, 0.2311119, 0.09557308, 0.1455315,
-                           0.1403548, 0.05826554, 0.1522571, 0.05654345, 0.09795499],
+    "multi-layer-probe": [5.095743, 5.324223, 4.807797, 4.929731, 4.685688,
+                          5.022269, 4.939302, 4.738156, 4.646338, 4.500356],
+    "multi-layer-probe, unpaired": [0.3279068, 0.4681885, 0.2807375, 0.3969695, 0.260582,
+                                    0.3569267, 0.3460234, 0.2963583, 0.3247034, 0.2382672],
+    "single-layer-probe": [4.92819, 5.182509, 4.93068, 4.793191, 4.763193,
+                           5.0361, 4.803401, 4.865128, 4.521229, 4.598963],
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("objective", GOLDEN)
 def test_golden_loss_curve(objective: str) -> None:
-    trainer = tiny.bench_for(objective).trainer(
-        objective, steps=10, retain_weight=2.0, rna_noise=0.01
-    )
+    name, _, unpaired = objective.partition(", ")
+    world = tiny.bench_for(name, **({"twins": False} if unpaired else {}))
+    trainer = world.trainer(name, steps=10, retain_weight=2.0, rna_noise=0.01)
     assert [entry.loss for entry in trainer.run().log] == pytest.approx(GOLDEN[objective], rel=1e-4)
 
 
@@ -227,7 +229,8 @@ def test_accumulation_is_the_whole_batch(
 
 
 @pytest.mark.parametrize(
-    ("objective", "rna_noise"), [("rmu", 0.0), ("rmu", 0.1), ("npo", 0.0), ("dpo", 0.0)]
+    ("objective", "rna_noise"),
+    [("rmu", 0.0), ("rmu", 0.1), ("npo", 0.0), ("dpo", 0.0), ("multi-layer-probe", 0.1)],
 )
 def test_one_pass_for_both_sides_is_two(
     monkeypatch: pytest.MonkeyPatch, objective: str, rna_noise: float
@@ -236,9 +239,9 @@ def test_one_pass_for_both_sides_is_two(
     passes: list[int] = []
     real = bench.segment.forward
 
-    def forward(boundary: Boundary, ids_BT: Any, mask_BT: Any) -> Any:
+    def forward(boundary: Boundary, ids_BT: Any, mask_BT: Any, **given: Any) -> Any:
         passes.append(len(ids_BT))
-        return real(boundary, ids_BT, mask_BT)
+        return real(boundary, ids_BT, mask_BT, **given)
 
     monkeypatch.setattr(bench.segment, "forward", forward)
     results = []
@@ -428,6 +431,29 @@ def test_directions_are_given_with_the_layers_read() -> None:
         for captured in sides:
             assert captured.directions.keys() == captured.acts.keys() == {1, 2}
             assert captured.reference.keys() == {1, 2}
+        forget, retain = sides
+        # Twins come with log-probabilities alone, and without the original's.
+        assert retain.twin is None and forget.twin is not None and not forget.twin.acts
+        assert forget.twin.logprobs_BT is not None and forget.twin.logprobs_BT.requires_grad
+        assert forget.twin.reference_logprobs_BT is None
+        assert not forget.twin.mask_BT[:, 0].any() and bool(forget.twin.mask_BT[:, 1].all())
+        assert forget.logprobs_BT is None and forget.twin.weight == 1
+
+
+@pytest.mark.parametrize("first_token", ["retain", "both"])
+def test_twins_of_pieces_weigh_as_the_whole(first_token: Any) -> None:
+    settings = {"steps": 2, "first_token": first_token}
+    wholes = watch("multi-layer-probe", **settings)
+    pieces = watch("multi-layer-probe", **settings, micro_batch_size=1)
+    for step, (whole, _) in enumerate(wholes):
+        parts = [forget for forget, _ in pieces[4 * step : 4 * step + 4]]
+        assert len({part.twin.weight for part in parts if part.twin}) > 1
+        for one in parts:
+            assert one.twin is not None and whole.twin is not None
+            # A mean over its tokens, weighed by the forget tokens of its piece.
+            mine = one.twin.weight * int(one.mask_BT.sum()) / int(one.twin.mask_BT.sum())
+            ours = int(whole.mask_BT.sum()) / int(whole.twin.mask_BT.sum())
+            assert mine == pytest.approx(ours)
 
 
 @pytest.mark.parametrize("micro_batch_size", [0, 1, 3])

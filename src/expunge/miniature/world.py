@@ -128,14 +128,18 @@ class World:
         folder = Path(directory)
         neutral = [pair.opening + pair.neutral for pair in self.pairs]
         pairs = [f"{pair.opening}{pair.rude}\t{pair.opening}{pair.neutral}" for pair in self.pairs]
+        hazard = [json.dumps(question) for question in self.hazard_questions]
+        benign = [json.dumps(question) for question in self.benign_questions]
         files = {
             "forget.txt": list(self.hazard_documents),
             "retain.txt": [*self.benign_documents, *neutral, *self.generic],
-            "questions.jsonl": [json.dumps(question) for question in self.hazard_questions],
-            "retain_questions.jsonl": [json.dumps(question) for question in self.benign_questions],
+            "questions.jsonl": hazard,
+            "retain_questions.jsonl": benign,
+            "all_questions.jsonl": hazard + benign,
             "benign.txt": list(self.held_out_benign),
             "pairs.tsv": ["toxic\tneutral1", *pairs],
             "prompts.jsonl": [_prompt(pair) for pair in self.held_out_pairs],
+            "words.txt": list(RUDE_WORDS),
         }
         for name, lines in files.items():
             write_text(folder / name, "".join(f"{line}\n" for line in lines))

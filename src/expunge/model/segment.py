@@ -84,8 +84,8 @@ class Segment:
         model: a Hugging Face causal LM, with or without head, whole or opened truncated.
         structure: of the same model.
         trained: 0-based layers whose projection is trained.
-        captured: 0-based layers whose output the objective reads; or `LOGPROBS` alone, for
-            a model with its head.
+        captured: 0-based layers whose output the objective reads, and `LOGPROBS`, for a model
+            with its head.
 
     Raises:
         RecipeError: a layer is out of range, or no trained layer can move a captured one, or one
@@ -103,8 +103,10 @@ class Segment:
     ) -> None:
         self.model, self.structure = model, structure
         self.trained, self.captured = tuple(sorted(set(trained))), tuple(sorted(set(captured)))
-        self.reads_logprobs = self.captured == (LOGPROBS,)
+        self.reads_logprobs = LOGPROBS in self.captured
+        self.layers_read = tuple(layer for layer in self.captured if layer != LOGPROBS)
         self._check_layers()
+        self.reads_only_logprobs = self.captured == (LOGPROBS,)
         self.first, self.last = self.trained[0], self.captured[-1]
         names = {layer: structure.weight_name(layer) for layer in self.trained}
         self.weights: dict[str, nn.Parameter] = {
@@ -114,8 +116,7 @@ class Segment:
 
     def _check_layers(self) -> None:
         n = self.structure.n_layers
-        read = () if self.reads_logprobs else self.captured
-        wrong = [layer for layer in (*self.trained, *read) if not 0 <= layer < n]
+        wrong = [layer for layer in (*self.trained, *self.layers_read) if not 0 <= layer < n]
         if wrong or not self.trained or not self.captured:
             raise RecipeError(
                 what="A layer is out of range",
@@ -123,26 +124,28 @@ class Segment:
                 allowed=f"0 to {n - 1}",
                 fix="set --layer within the range, or --layer auto",
             )
-        if self.reads_logprobs:
-            if self.structure.head is None:
-                raise ModelError(
-                    what="Log-probabilities are read of a model without its head",
-                    got=f"{type(self.model).__name__} with {n} layers",
-                    allowed="a causal language model with all layers and its output embedding",
-                    fix="open the whole model, without a number of layers",
-                )
-            return
-        if self.trained[-1] > self.captured[-1]:
+        if self.reads_logprobs and self.structure.head is None:
+            raise ModelError(
+                what="Log-probabilities are read of a model without its head",
+                got=f"{type(self.model).__name__} with {n} layers",
+                allowed="a causal language model with all layers and its output embedding",
+                fix="open the whole model, without a number of layers",
+            )
+        if self.layers_read:
+            self._check_reach()
+
+    def _check_reach(self) -> None:
+        if self.trained[-1] > self.layers_read[-1]:
             raise RecipeError(
                 what="A trained layer lies above every layer that the objective reads",
-                got=f"trained {self.trained}, read {self.captured}",
+                got=f"trained {self.trained}, read {self.layers_read}",
                 allowed="trained layers at or below the deepest layer read",
                 fix="raise --layer, or train lower layers",
             )
-        if self.captured[0] < self.trained[0]:
+        if self.layers_read[0] < self.trained[0]:
             raise RecipeError(
                 what="The objective reads a layer below every trained layer",
-                got=f"trained {self.trained}, read {self.captured}",
+                got=f"trained {self.trained}, read {self.layers_read}",
                 allowed="reading at or above the lowest trained layer; others cannot change",
                 fix="raise --layer, or train lower layers",
             )
@@ -187,9 +190,9 @@ class Segment:
             if recover_residual:
                 stack.enter_context(_hook(layer.register_forward_hook(see_output)))
             if reference:
-                stack.enter_context(self._capturing(references))
+                stack.enter_context(self._capturing(references, self.reads_only_logprobs))
             with stopping():
-                references |= self._model_forward(ids_BT, mask_BT)
+                references |= self._model_forward(ids_BT, mask_BT, self.reads_only_logprobs)
             if recover_residual:
                 seen["residual"] = seen["output"] - self._tail(seen["input"])
         needed = {"input"} | ({"residual"} if cut_at_product else set())
@@ -202,12 +205,25 @@ class Segment:
             )
         return Boundary(seen["input"], seen.get("residual"), references)
 
-    def forward(self, boundary: Boundary, ids_BT: Tensor, mask_BT: Tensor) -> dict[int, Tensor]:
+    def forward(
+        self,
+        boundary: Boundary,
+        ids_BT: Tensor,
+        mask_BT: Tensor,
+        *,
+        logprobs: bool | None = None,
+    ) -> dict[int, Tensor]:
         """Activations after each captured layer (layer -> BTD), with gradient to the weights.
+
+        Args:
+            boundary, ids_BT, mask_BT: of one batch.
+            logprobs: whether to run up to the head, for `LOGPROBS`; None: only where nothing else
+                is captured.
 
         Raises:
             TrainingError: a captured layer did not run.
         """
+        logprobs = self.reads_only_logprobs if logprobs is None else logprobs
         captured: dict[int, Tensor] = {}
         with ExitStack() as stack:
             stack.enter_context(_evaluating(self.model))
@@ -230,9 +246,9 @@ class Segment:
 
                 handle = layer.register_forward_pre_hook(from_input, with_kwargs=True)
                 stack.enter_context(_hook(handle))
-            stack.enter_context(self._capturing(captured))
+            stack.enter_context(self._capturing(captured, logprobs))
             with stopping():
-                captured |= self._model_forward(ids_BT, mask_BT)
+                captured |= self._model_forward(ids_BT, mask_BT, logprobs)
         return captured
 
     @contextmanager
@@ -254,11 +270,11 @@ class Segment:
             for parameter, flag in before:
                 parameter.requires_grad_(flag)
 
-    def _model_forward(self, ids_BT: Tensor, mask_BT: Tensor) -> dict[int, Tensor]:
-        """Run the model; what its head says, if that is read."""
+    def _model_forward(self, ids_BT: Tensor, mask_BT: Tensor, logprobs: bool) -> dict[int, Tensor]:
+        """Run the model; what its head says, if that is asked for."""
         # Without padding no mask is passed: attention kernels are then free to be causal only.
         mask = None if bool(mask_BT.all()) else mask_BT.long()
-        if not self.reads_logprobs:
+        if not logprobs:
             self.structure.backbone(input_ids=ids_BT, attention_mask=mask, use_cache=False)
             return {}
         logits_BTV = self.model(input_ids=ids_BT, attention_mask=mask, use_cache=False).logits
@@ -282,28 +298,34 @@ class Segment:
         return self._wrap(args[0] if args else kwargs["hidden_states"])
 
     @contextmanager
-    def _capturing(self, into: dict[int, Tensor]) -> Iterator[None]:
-        """Record the captured layers' outputs; stop after the last; fail if one never ran."""
+    def _capturing(self, into: dict[int, Tensor], logprobs: bool) -> Iterator[None]:
+        """Record the captured layers' outputs; fail if one never ran.
+
+        The model stops after the last of them, unless its head is run too.
+        """
 
         def capture_at(index: int) -> Callable[[nn.Module, Any, Any], None]:
             def see(_module: nn.Module, _args: Any, output: Any) -> None:
                 into[index] = output[0] if isinstance(output, tuple) else output
-                if index == self.last:
+                if index == self.last and not logprobs:
                     stop()
 
             return see
 
         with ExitStack() as stack:
-            for index in () if self.reads_logprobs else self.captured:
+            for index in self.layers_read:
                 layer = self.structure.layers[index]
                 stack.enter_context(_hook(layer.register_forward_hook(capture_at(index))))
             yield
-        missing = [index for index in self.captured if index not in into]
+        wanted = (*self.layers_read, *([LOGPROBS] if logprobs else []))
+        missing = [index for index in wanted if index not in into]
         if missing:
             raise TrainingError(
                 what="A capture never fired",
-                got=f"no activations after layer {missing[0]}",
-                allowed=f"activations after layers {self.captured}",
+                got=f"no activations after layer {missing[0]}"
+                if missing[0] != LOGPROBS
+                else "no log-probabilities",
+                allowed=f"activations after layers {self.layers_read}",
                 fix="report the architecture; open the model without compilation",
             )
 

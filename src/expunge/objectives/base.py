@@ -27,12 +27,13 @@ class Activations:
         forget_reference: also give the original activations of the forget texts.
         probes: read the layers whose probe passes (``many``) or the best of them (``one``), and
             give their directions; ``none``: read the recipe's layer.
-        twin: also give each forget text's other wording, so the data must be paired.
+        twin_logprobs: where the data is paired, also give the log-probabilities of each forget
+            text's other wording; the whole model is then opened, and run for these wordings.
     """
 
     forget_reference: bool = False
     probes: Literal["none", "many", "one"] = "none"
-    twin: bool = False
+    twin_logprobs: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Logprobs:
     retain term over tokens.
 
     Attributes:
-        twin: as for `Activations`.
+        twin: also give each forget text's other wording, so the data must be paired.
     """
 
     twin: bool = False
@@ -68,16 +69,21 @@ class Direction:
     """What a probe found at one layer, as an objective sees it.
 
     Attributes:
-        unit_D: unit direction, from neutral to toxic.
-        neutral, toxic: mean projection of each class's tokens on it.
+        unit_D: unit direction w, from neutral to toxic.
+        move_D: the difference of the class means, scaled so that w·move is 1: adding it raises
+            the projection by 1.
+        neutral, toxic: mean projection of each class's tokens on w.
         spread: standard deviation of the projections within the classes.
+        gap: norm of the difference of the class means.
         weight: of this layer among those read; the weights have mean 1.
     """
 
     unit_D: Tensor
+    move_D: Tensor
     neutral: float
     toxic: float
     spread: float
+    gap: float
     weight: float = 1.0
 
 
@@ -97,7 +103,10 @@ class Captured:
         directions: layer -> what its probe found; empty if not needed.
         logprobs_BT: log-probability in nats of each token given those before it, with gradient.
         reference_logprobs_BT: the original model's.
-        twin: the other wordings of the same texts, row by row; None if not needed.
+        twin: the other wordings of the same texts, row by row; None if not needed, or where the
+            data is not paired.
+        weight: of a twin: what a mean over its tokens is multiplied by, so that pieces of a batch,
+            weighed by their forget tokens, add up to the mean over the whole; 1 for a whole batch.
     """
 
     acts: Mapping[int, Tensor]
@@ -109,6 +118,7 @@ class Captured:
     logprobs_BT: Tensor | None = None
     reference_logprobs_BT: Tensor | None = None
     twin: Captured | None = None
+    weight: float = 1.0
 
     def __post_init__(self) -> None:
         mask_BT1 = self.mask_BT[..., None]

@@ -237,6 +237,7 @@ def _fit_layer(reading: _Reading, layer: int) -> Probe:
         kind=reading.kind,
         pooling=reading.pooling,
         direction_D=torch.from_numpy(plane.weight_D),
+        difference_D=torch.from_numpy(toxic_D - neutral_D),
         bias=plane.bias,
         neutral=float(neutral_D @ plane.weight_D),
         toxic=float(toxic_D @ plane.weight_D),

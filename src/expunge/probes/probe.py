@@ -23,6 +23,7 @@ from expunge.model.structure import Structure
 FORMAT = "expunge-probes"
 FORMAT_VERSION = "1"
 CHANCE = 0.5
+TENSORS = ("direction_D", "difference_D")
 
 ProbeKind = Literal["logistic", "mean-difference", "lda"]
 Pooling = Literal["mean", "token"]
@@ -36,6 +37,8 @@ class Probe:
         layer: 0-based decoder layer.
         kind, pooling: how it was fitted; ``mean``: on means over a text's tokens.
         direction_D: unit vector, float32, on the CPU; the toxic side is positive.
+        difference_D: mean of the toxic class's tokens minus that of the neutral class's, fitting
+            data, float32, on the CPU.
         bias: ``acts · direction_D + bias > 0`` means toxic, in units of the activations.
         neutral, toxic: mean projection ``acts · direction_D`` of each class's tokens, fitting data.
         spread: standard deviation of such projections of single tokens within the classes.
@@ -53,6 +56,7 @@ class Probe:
     kind: ProbeKind
     pooling: Pooling
     direction_D: Tensor = field(repr=False)
+    difference_D: Tensor = field(repr=False)
     bias: float
     neutral: float
     toxic: float
@@ -77,6 +81,15 @@ class Probe:
                 fix="fit the probe again",
             )
         object.__setattr__(self, "direction_D", direction_D)
+        difference_D = self.difference_D.detach().to("cpu", torch.float32).contiguous()
+        if difference_D.shape != direction_D.shape or not difference_D.isfinite().all():
+            raise DataError(
+                what=f"The class difference of the probe at layer {self.layer} does not fit it",
+                got=f"shape {list(difference_D.shape)}",
+                allowed=f"finite numbers of shape {list(direction_D.shape)}",
+                fix="fit the probe again",
+            )
+        object.__setattr__(self, "difference_D", difference_D)
 
     @property
     def at_chance(self) -> bool:
@@ -88,6 +101,10 @@ class Probe:
         """Held-out accuracy above that of the same fit on shuffled labels."""
         return self.accuracy - self.control
 
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form of the numbers, without the tensors."""
+        return _numbers(self)
+
     def score(self, acts: Tensor) -> Tensor:
         """``acts · direction_D + bias`` over the last dimension, float32; above 0: toxic."""
         return acts.float() @ self.direction_D.to(acts.device) + self.bias
@@ -95,8 +112,8 @@ class Probe:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Probe):
             return NotImplemented
-        return _numbers(self) == _numbers(other) and torch.equal(
-            self.direction_D, other.direction_D
+        return _numbers(self) == _numbers(other) and all(
+            torch.equal(getattr(self, name), getattr(other, name)) for name in TENSORS
         )
 
     # Equal by value, and tensors can change: no hash.
@@ -139,7 +156,10 @@ def save_probes(
             fix="convert the value, for example a path by str()",
         ) from error
     path = Path(path)
-    save_tensors(path, {_name(i): probe.direction_D for i, probe in enumerate(probes)}, header)
+    tensors = {
+        f"{i}.{name}": getattr(probe, name) for i, probe in enumerate(probes) for name in TENSORS
+    }
+    save_tensors(path, tensors, header)
     return path
 
 
@@ -152,10 +172,10 @@ def load_probes(path: Path | str) -> tuple[tuple[Probe, ...], dict[str, Any]]:
             raise ValueError("no probes, or not written by expunge")
         if header.get("version") != FORMAT_VERSION:
             raise ValueError(f"format version {header.get('version')}, not {FORMAT_VERSION}")
-        directions = load_file(path)
+        tensors = load_file(path)
         numbers, metadata = json.loads(header["probes"]), json.loads(header["metadata"])
         probes = tuple(
-            Probe(**{**known, "direction_D": directions[_name(i)]})
+            Probe(**known, **{name: tensors[f"{i}.{name}"] for name in TENSORS})
             for i, known in enumerate(numbers)
         )
         for probe in probes:
@@ -246,13 +266,9 @@ def _table(probes: Sequence[Probe]) -> str:
     )
 
 
-def _name(place: int) -> str:
-    return f"{place}.direction"
-
-
 def _numbers(probe: Probe) -> dict[str, Any]:
-    """All fields but the direction."""
-    return {f.name: getattr(probe, f.name) for f in fields(probe) if f.name != "direction_D"}
+    """All fields but the tensors."""
+    return {f.name: getattr(probe, f.name) for f in fields(probe) if f.name not in TENSORS}
 
 
 def _check_kinds(probe: Probe) -> None:

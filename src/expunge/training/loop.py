@@ -230,7 +230,11 @@ class Trainer:
         totals: dict[str, float] = {}
         for piece in range(pieces):
             forget_part, retain_part = self.sight.of(
-                topic, share(forget, piece, pieces), share(retain, piece, pieces), noise
+                topic,
+                share(forget, piece, pieces),
+                share(retain, piece, pieces),
+                noise,
+                whole=forget,
             )
             loss: Loss = self.objective(forget_part, retain_part)
             forget_share = self.sight.forget_share(forget_part, topic, forget)

@@ -61,7 +61,8 @@ class Sight:
         targets: target directions.
         first_token: whose first token counts.
         rna_noise: standard deviation of the noise on the retain reference.
-        twins: a computed store of the forget texts' other wordings, index by index.
+        twins: a computed store of the forget texts' other wordings, index by index, for an
+            objective that asks for them.
         directions: layer -> what its probe found.
         first_norm: layer -> mean norm of the original activations of the first forget batch.
     """
@@ -83,12 +84,17 @@ class Sight:
         forget: Sequence[int],
         retain: Sequence[int],
         noise: torch.Generator,
+        *,
+        whole: Sequence[int] = (),
     ) -> tuple[Captured, Captured]:
-        """These forget texts of a topic, and these retain texts, with gradient."""
+        """These forget texts of a topic, and these retain texts, with gradient.
+
+        ``whole``: all forget texts of the step, where these are a piece of them.
+        """
         forget_batch, retain_batch = self.forget[topic].batch(forget), self.retain.batch(retain)
         forget_acts, retain_acts = self.forward(forget_batch, retain_batch)
         return (
-            self._forget(topic, forget, forget_batch, forget_acts),
+            self._forget(topic, forget, forget_batch, forget_acts, whole or forget),
             self._retain(retain_batch, retain_acts, noise),
         )
 
@@ -143,10 +149,13 @@ class Sight:
         indices: Sequence[int],
         batch: BoundaryBatch,
         acts: dict[int, Tensor],
+        whole: Sequence[int],
     ) -> Captured:
         # A store may hold more than is asked for: it is shared with other objectives.
         reference = dict(batch.boundary.reference) if self.needs.forget_reference else {}
-        more: dict[str, Any] = {"twin": self._twin(indices) if self.needs.twin else None}
+        more: dict[str, Any] = {}
+        if self.twins is not None:
+            more["twin"] = self._twin(indices, self._twin_weight(topic, indices, whole))
         if isinstance(self.needs, Activations):
             target = self.targets.at(topic, batch.ids_BT)
             more |= {"target": dict.fromkeys(acts, target), "first_norm": self.first_norm}
@@ -160,11 +169,30 @@ class Sight:
             reference = add_noise(reference, std=self.rna_noise, generator=noise)
         return self._captured(acts, reference, self._mask(batch, "retain"))
 
-    def _twin(self, indices: Sequence[int]) -> Captured:
-        assert self.twins is not None, "an objective that needs twins is given their store"
+    def _twin(self, indices: Sequence[int], weight: float) -> Captured:
+        assert self.twins is not None
         batch = self.twins.batch(indices)
-        acts = self.segment.forward(batch.boundary, batch.ids_BT, batch.mask_BT)
-        return self._captured(acts, dict(batch.boundary.reference), self._mask(batch, "forget"))
+        acts = self.segment.forward(batch.boundary, batch.ids_BT, batch.mask_BT, logprobs=True)
+        mask_BT = batch.mask_BT.clone()
+        mask_BT[:, 0] = False  # nothing predicts the first token
+        reference_BT1 = batch.boundary.reference.get(LOGPROBS)
+        return Captured(
+            {},
+            {},
+            mask_BT,
+            logprobs_BT=acts[LOGPROBS].squeeze(-1),
+            reference_logprobs_BT=None if reference_BT1 is None else reference_BT1.squeeze(-1),
+            weight=weight,
+        )
+
+    def _twin_weight(self, topic: int, indices: Sequence[int], whole: Sequence[int]) -> float:
+        """Share of these among the twins' tokens of the whole, over that of the forget tokens."""
+        assert self.twins is not None
+        here, all_ = (
+            sum(len(self.twins.texts[i]) - 1 for i in some) / self.count(topic, some)
+            for some in (indices, whole)
+        )
+        return here / all_
 
     def _captured(
         self, acts: dict[int, Tensor], reference: dict[int, Tensor], mask_BT: Tensor, **more: Any
