@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -427,6 +428,7 @@ def show(
 ) -> None:
     """Show a run's scores and times, what a patch changes, or what probes found."""
     from expunge import tables
+    from expunge.edits import load_intervention
     from expunge.folder import PROBES_NAME, kind_of
     from expunge.model.patch import Patch
     from expunge.probes.figure import probe_figure
@@ -435,29 +437,27 @@ def show(
 
     if figure is not None and path.is_dir():
         path /= PROBES_NAME
+    facts: dict[str, Any]
     kind = kind_of(path)
     if figure is not None or kind == "probes":
         probes, _ = load_probes(path)
         if figure is not None:
             probe_figure(probes, figure)
-        if as_json:
-            console.print_json({"probes": [probe.to_dict() for probe in probes]})
-        else:
-            tables.print_probes(console.stdout, probes)
+        facts = {"probes": [probe.to_dict() for probe in probes]}
+        show_it = partial(tables.print_probes, console.stdout, probes)
+    elif kind == "intervention":
+        made = load_intervention(path)
+        facts = {"edit": made.name, **made.metadata}
+        show_it = partial(console.result, False, {key: str(fact) for key, fact in facts.items()})
     elif path.suffix == ".safetensors":
         learned = Patch.load(path)
-        if as_json:
-            console.print_json(
-                {"norm": learned.norm(), "tensors": list(learned.names), **learned.metadata}
-            )
-        else:
-            tables.print_patch(console.stdout, learned)
+        facts = {"norm": learned.norm(), "tensors": list(learned.names), **learned.metadata}
+        show_it = partial(tables.print_patch, console.stdout, learned)
     else:
         record = RunRecord.load(path)
-        if as_json:
-            console.print_json(record.to_dict())
-        else:
-            tables.print_record(console.stdout, record)
+        facts = record.to_dict()
+        show_it = partial(tables.print_record, console.stdout, record)
+    console.print_json(facts) if as_json else show_it()
 
 
 def main() -> NoReturn:

@@ -27,7 +27,15 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "rmu": {"lr": 0.005, "retain_weight": 5.0, "objective_settings": {"coefficient": 100.0}},
     "adaptive-rmu": {"lr": 0.005, "retain_weight": 20.0},
 }
-TOXICITY: dict[str, Any] = {"objective": "multi-layer-probe"}
+# Chosen on validation too (LOG.md). The generated scenes want pooled probes and a strong content
+# term: rudeness begins at a word that both wordings lead up to.
+TOXICITY: dict[str, Any] = {
+    "objective": "multi-layer-probe",
+    "lr": 0.005,
+    "retain_weight": 5.0,
+    "probe_pooling": "mean",
+    "objective_settings": {"margin": 4.0, "content_weight": 50.0},
+}
 # The objectives beside the first get fewer seeds, and so do sums, so that the demo stays short.
 BASELINE_SEEDS = SUM_SEEDS = 3
 KNOWLEDGE_NAMES = ("forget_accuracy", "retain_accuracy", "forget_nll", "retain_nll", "perplexity")
@@ -42,6 +50,7 @@ TOXICITY_NAMES = (
     "perplexity",
     "detoxification",
 )
+SHOWN = (*KNOWLEDGE_NAMES, "toxicity_rate", "fluency", "neutral_nll", "detoxification")
 
 Key = tuple[str, str | None, str | None]
 
@@ -90,9 +99,14 @@ class Part:
         )
         return cls(title, names, tuple(columns), base, oracle)
 
-    def shown(self) -> list[Key]:
-        """What is shown, in order."""
+    def keys(self) -> list[Key]:
+        """All scores, in order."""
         return [score.key for name in self.names for score in self.base if score.name == name]
+
+    def shown(self) -> list[Key]:
+        """What a table has room for; of continuations, those of the first set of prompts."""
+        first = next((score.prompts for score in self.base if score.prompts), None)
+        return [key for key in self.keys() if key[0] in SHOWN and key[2] in (None, first)]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form: scores by name, or by ``name/prompts/scorer`` where there are several."""
@@ -104,7 +118,7 @@ class Part:
                     "/".join(filter(None, (name, prompts, scorer))): asdict(
                         column.spread(name, scorer, prompts)
                     )
-                    for name, scorer, prompts in self.shown()
+                    for name, scorer, prompts in self.keys()
                 }
                 for column in self.columns
             },
@@ -159,7 +173,8 @@ def toxicity_recipe(data: Path, **changes: Any) -> Recipe:
             "scorers": [f"words:{data / 'words.txt'}", "tfidf"],
             "max_prompts": 80,
             "samples": 2,
-            "steps": 80,
+            "steps": 60,
+            "max_texts": 700,
             **TOXICITY,
             **changes,
         }

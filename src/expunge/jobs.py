@@ -1,8 +1,8 @@
-"""Several runs of one model and data set, side by side in processes that share nothing.
+"""Several runs, side by side in processes that share nothing.
 
-Every process keeps the benches of its last runs, so runs of one model and data set share the opened
-base and the boundaries. A run is
-resumable by itself, so an interrupted batch of jobs goes on where it stopped.
+Every process keeps the benches of its last runs, so runs of one model and data set share the
+opened base and the boundaries. A run is resumable by itself, so an interrupted batch of jobs goes
+on where it stopped.
 """
 
 from __future__ import annotations

@@ -216,7 +216,7 @@ class Learning:
             opened = self.opened(recipe.model, None if whole else max(layers) + 1)
             tokens = self.tokens(recipe)
             toxic = [ids for topic in tokens.forget for ids in topic]
-            total = sum(map(len, (*toxic, *tokens.contrast)))
+            total = len(toxic) + len(tokens.contrast)
             with timed(self.timing, "probe"), self.progress.phase("probe", total) as advance:
                 self._probes[key] = fit_probes(
                     opened.model,

@@ -60,7 +60,7 @@ def measure(
         trust_remote_code: run Python code shipped with the model.
 
     Raises:
-        DataError: neither questions nor text is given, or a file cannot be used.
+        DataError: there is nothing to measure on, or a file cannot be used.
         ModelError, PatchError, RecipeError: as `open_model`, `Patch`, `resolve_device` raise them.
     """
     progress = progress or Silent()
@@ -116,7 +116,8 @@ def measure(
         # The unpatched model tells how fluent the continuations are.
         of_base = said if learned is None else _collect(suite, network, progress)
         judged, _ = suite.judge(said, network, of_base, role)
-        scores += [score for score in judged if score.value is not None or score.prompts]
+        # Without pairs there is no summary.
+        scores += [one for one in judged if one.prompts and "detoxification" not in one.name]
     return scores
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -23,6 +24,13 @@ if TYPE_CHECKING:
 
 ROLES = ("base", "patched", "oracle")
 GIB = 2**30
+# What a line tells of a run; a function lacks what does not concern it.
+RUN_COLUMNS = {
+    "forget_accuracy": "forget",
+    "toxicity_rate": "toxic",
+    "retain_accuracy": "retain",
+    "perplexity": "perplexity",
+}
 
 
 def print_record(console: Console, record: RunRecord) -> None:
@@ -43,18 +51,22 @@ def print_scores(console: Console, scores: Sequence[Score]) -> None:
 
 
 def print_demo(console: Console, summary: DemoSummary) -> None:
-    """Kinds of runs side by side, mean ± standard deviation over seeds, base and oracle beside."""
+    """A line for each kind of run, mean ± standard deviation over seeds, base and oracle beside."""
     for part in (summary.knowledge, summary.toxicity):
-        table = Table(title=f"{part.title}, mean ± sd over seeds")
-        runs = [f"{one.name} ({len(one.records)} seeds)" for one in part.columns]
-        for column in ("score", "base", *runs, "retrained oracle"):
-            table.add_column(
-                column, justify="left" if column == "score" else "right", no_wrap=column == "score"
-            )
+        table = Table(
+            title=f"{part.title}, mean ± sd over ×n seeds", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+        )
         base, oracle = ({s.key: s for s in scores} for scores in (part.base, part.oracle))
-        for key in part.shown():
-            cells = [_spread(column.spread(*key)) for column in part.columns]
-            table.add_row(_label(base[key]), _value(base[key]), *cells, _value(oracle[key]))
+        keys = part.shown()
+        table.add_column("model", min_width=17)
+        for name, scorer, _ in keys:
+            judged = f" ({scorer.partition(':')[0]})" if scorer else ""
+            table.add_column(name.replace("_", " ") + judged, justify="right", overflow="fold")
+        table.add_row("base", *(_value(base[key]) for key in keys))
+        for one in part.columns:
+            cells = [_spread(one.spread(*key)) for key in keys]
+            table.add_row(f"{one.name} ×{len(one.records)}", *cells)
+        table.add_row("retrained oracle", *(_value(oracle[key]) for key in keys))
         console.print(table)
     console.print(f"{summary.seconds:.0f} s in all", markup=False, highlight=False)
 
@@ -81,11 +93,11 @@ def print_plan(console: Console, plan: Plan) -> None:
 def print_runs(console: Console, records: Sequence[tuple[Path, RunRecord]]) -> None:
     """One line a run."""
     table = Table(title=f"{len(records)} runs")
-    for column in ("run", "function", "objective", "seed", "forget", "retain", "perplexity"):
+    for column in ("run", "function", "objective", "seed", *RUN_COLUMNS.values()):
         table.add_column(column)
     for path, record in records:
-        names = ("forget_accuracy", "retain_accuracy", "perplexity")
-        cells = [_value(record.score(name)) for name in names]
+        scores = [record.score(name) for name in RUN_COLUMNS]
+        cells = ["" if score is None else _value(score) for score in scores]
         row = [str(path), record.function, record.objective, str(record.seed), *cells]
         table.add_row(*map(Text, row))
     console.print(table)

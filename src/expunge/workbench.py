@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import sklearn
 import torch
 
 from expunge import provenance
@@ -153,7 +154,8 @@ class Workbench:
             "recipe": recipe.fingerprint,
             "data": dict(self.data.hashes),
             "base": {name: tensor.fingerprint for name, tensor in base.items()},
-            "torch": torch.__version__,
+            # Probes are fitted again on resume.
+            "versions": [torch.__version__, sklearn.__version__],
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 

@@ -11,13 +11,16 @@ from typing import Any
 import pytest
 from rich.console import Console
 from small_world import (
+    RUDE,
     Cli,
     Result,
     World,
     questions,
     save_model,
     sentences,
+    wordings,
     write_lines,
+    write_pairs,
     write_rows,
 )
 
@@ -62,6 +65,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     write_lines(root / "fluent.txt", sentences(10, seed=4))
     write_rows(root / "questions.jsonl", questions(10, seed=5))
     write_rows(root / "asked.jsonl", questions(10, seed=6))
+    write_pairs(root / "pairs.tsv", wordings(120, seed=7))
+    rude, polite = zip(*wordings(120, seed=8), strict=True)
+    rows = [{"text": text, "label": int(side is rude)} for side in (rude, polite) for text in side]
+    write_rows(root / "labelled.jsonl", rows)
+    openings = [" ".join(text.split()[:4]) for text in sentences(10, seed=9)]
+    write_rows(root / "prompts.jsonl", [{"prompt": {"text": text}} for text in openings])
+    write_lines(root / "words.txt", RUDE)
     return World(root)
 
 

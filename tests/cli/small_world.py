@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
 WORDS = [f"w{number}" for number in range(60)]
+RUDE, POLITE = WORDS[50:], WORDS[:40]
 LAYERS, HIDDEN, INNER, CONTEXT = 4, 32, 48, 24
 
 
@@ -69,16 +70,41 @@ class World:
             "out": out,
             **changes,
         }
-        pairs = [
-            (f"--{name.replace('_', '-')}", value)
-            for name, value in flags.items()
-            if value is not None
-        ]
-        return [str(part) for part in ("run", *(x for pair in pairs for x in pair), *more)]
+        return _command(flags, more)
+
+    def rude_args(self, out: Path, *more: Any, **changes: Any) -> list[str]:
+        """A whole `expunge run` on toxicity: as `args`, with two scorers and short samples."""
+        flags = {
+            "model": self.model,
+            "function": "toxicity",
+            "pairs": self.pairs,
+            "prompts": self.prompts,
+            "retain": self.retain,
+            "scorer": (f"words:{self.words}", "tfidf"),
+            # No more pairs are read than the steps need, and probes need all of the 96.
+            "steps": 8,
+            "lr": 0.01,
+            "batch_size": 12,
+            "out": out,
+            **changes,
+        }
+        short = ("--set", "samples=2", "--set", "new_tokens=5")
+        return _command(flags, (*short, *more))
+
+
+def _command(flags: dict[str, Any], more: tuple[Any, ...]) -> list[str]:
+    words: list[Any] = ["run"]
+    for name, value in flags.items():
+        for one in value if isinstance(value, tuple) else (value,):
+            words += [] if one is None else [f"--{name.replace('_', '-')}", one]
+    return [str(word) for word in (*words, *more)]
 
 
 def save_model(directory: Path, *, seed: int, words: int = len(WORDS), **config: Any) -> None:
-    """A random Llama of four layers and a word-level tokenizer of ``words`` words."""
+    """A random Llama of four layers and a word-level tokenizer of ``words`` words.
+
+    The embeddings of rude words have a part in common, so that probes can tell them.
+    """
     settings = {
         "hidden_size": HIDDEN,
         "intermediate_size": INNER,
@@ -95,7 +121,10 @@ def save_model(directory: Path, *, seed: int, words: int = len(WORDS), **config:
         **config,
     }
     torch.manual_seed(seed)
-    LlamaForCausalLM(LlamaConfig(**settings)).save_pretrained(directory)
+    model = LlamaForCausalLM(LlamaConfig(**settings))
+    with torch.no_grad():
+        model.model.embed_tokens.weight[[len(SPECIAL) + WORDS.index(word) for word in RUDE]] += 1.0
+    model.save_pretrained(directory)
     save_tokenizer(directory, words)
 
 
@@ -115,6 +144,23 @@ def sentences(n: int, *, seed: int, longest: int = 12) -> list[str]:
     """Random sentences of 6 words to ``longest``."""
     chance = random.Random(seed)
     return [" ".join(chance.choices(WORDS, k=chance.randint(6, longest))) for _ in range(n)]
+
+
+def wordings(n: int, *, seed: int) -> list[tuple[str, str]]:
+    """Pairs of a rude and a polite sentence that share their first four words."""
+    chance = random.Random(seed)
+    found = []
+    for _ in range(n):
+        opening = chance.choices(POLITE, k=4)
+        size = chance.randint(4, 8)
+        sides = (chance.choices(words, k=size) for words in (RUDE, POLITE))
+        rude, polite = (" ".join([*opening, *side]) for side in sides)
+        found.append((rude, polite))
+    return found
+
+
+def write_pairs(path: Path, pairs: list[tuple[str, str]]) -> Path:
+    return write_lines(path, ["toxic\tneutral1", *("\t".join(pair) for pair in pairs)])
 
 
 def questions(n: int, *, seed: int) -> list[dict[str, Any]]:

@@ -496,27 +496,40 @@ def test_show_a_run_and_a_patch(cli, finished):
 
 @pytest.fixture
 def small_demo(world, monkeypatch):
-    """The demo's own code over the tiny world, four steps a run."""
+    """The demo's own code over the tiny world, a few steps a run."""
     from expunge import demo as module
 
-    def recipe(data, **changes):
-        return module.Recipe.build(
-            {
-                "model": str(world.model),
-                "oracle": str(world.oracle),
-                "forget": [str(world.forget)],
-                "retain": [str(world.retain)],
-                "questions": str(world.questions),
-                "retain_questions": str(world.asked),
-                "text": str(world.fluent),
-                "steps": 4,
-                "batch_size": 4,
-                "lr": 0.01,
-                **changes,
-            }
-        )
+    common = {
+        "model": str(world.model),
+        "oracle": str(world.oracle),
+        "retain": [str(world.retain)],
+        "retain_questions": str(world.asked),
+        "text": str(world.fluent),
+        "lr": 0.01,
+    }
+    knowledge = {
+        "forget": [str(world.forget)],
+        "questions": str(world.questions),
+        "steps": 4,
+        "batch_size": 4,
+    }
+    toxicity = {
+        "function": "toxicity",
+        "pairs": str(world.pairs),
+        "prompts": str(world.prompts),
+        "scorers": [f"words:{world.words}", "tfidf"],
+        "samples": 2,
+        "new_tokens": 5,
+        "steps": 8,
+        "batch_size": 12,
+        **module.TOXICITY,
+    }
+    for name, own in (("demo_recipe", knowledge), ("toxicity_recipe", toxicity)):
 
-    monkeypatch.setattr(module, "demo_recipe", recipe)
+        def recipe(_data, own=own, **changes):
+            return module.Recipe.build({**common, **own, **changes})
+
+        monkeypatch.setattr(module, name, recipe)
     monkeypatch.setattr("expunge.jobs.default_workers", lambda _jobs: 1)
 
 
@@ -525,25 +538,53 @@ def test_demo_leaves_a_run_directory_for_each_run(cli, tmp_path):
     out = tmp_path / "demo"
     result = cli("demo", "-o", out, "--seeds", 2, "--json")
     assert result.code == 0, result.err
-    names = [f"{o}-seed{s}" for o in ("cosine-rmu", "rmu", "adaptive-rmu") for s in (0, 1)]
-    assert names_in(out) == {"data", *names}
-    assert all(names_in(out / name) == FILES for name in names)
+    learned = ("cosine-rmu", "rmu", "adaptive-rmu", "multi-layer-probe")
+    measured = ("sum-toxicity", "sum-knowledge", "multi-layer-probe-knowledge")
+    made = {name: {f"{name}-seed{seed}" for seed in (0, 1)} for name in (*learned, *measured)}
+    assert names_in(out) == {"data"}.union(*made.values())
+    for name, folders in made.items():
+        files = FILES if name in learned else FILES - {"losses.jsonl"}
+        files = files | {"probes.safetensors"} if name == "multi-layer-probe" else files
+        assert all(names_in(out / folder) == files for folder in folders)
     summary = result.json
-    assert [score["name"] for score in summary["base"]] == NAMES
-    assert [score["model"] for score in summary["oracle"]] == ["oracle"] * 5
-    for objective in ("cosine-rmu", "rmu", "adaptive-rmu"):
-        runs = summary["runs"][objective]
-        assert [run["seed"] for run in runs] == [0, 1]
-        patched = [values(run, "patched")["forget_nll"] for run in runs]
-        assert summary["objectives"][objective]["forget_nll"]["mean"] == pytest.approx(
-            sum(patched) / 2
-        )
+    assert summary.keys() == {"seconds", "knowledge", "toxicity"}
+    both = "knowledge + toxicity"
+    knowledge, toxicity = summary["knowledge"], summary["toxicity"]
+    assert [score["name"] for score in knowledge["base"]] == NAMES
+    assert [score["model"] for score in knowledge["oracle"]] == ["oracle"] * 5
+    assert list(knowledge["runs"]) == [*learned[:3], both, "multi-layer-probe"]
+    assert list(toxicity["runs"]) == ["multi-layer-probe", both]
+    for part, name, key in (
+        (knowledge, "forget_nll", ("forget_nll", None, None)),
+        (toxicity, "neutral_nll", ("neutral_nll", None, None)),
+        (toxicity, "toxicity_rate/openings/tfidf", ("toxicity_rate", "openings", "tfidf")),
+    ):
+        assert part["objectives"].keys() == part["runs"].keys()
+        for column, runs in part["runs"].items():
+            assert [run["seed"] for run in runs] == [0, 1]
+            patched = [
+                score["value"]
+                for run in runs
+                for score in run["scores"]
+                if (score["name"], score["prompts"], score["scorer"]) == key
+                and score["model"] == "patched"
+            ]
+            assert len(patched) == 2
+            assert part["objectives"][column][name]["mean"] == pytest.approx(sum(patched) / 2)
+    # A sum is that of the two runs of its seed.
+    parts = [f"{name}-seed1" for name in ("cosine-rmu", "multi-layer-probe")]
+    one, other, total = (
+        Patch.load(out / name / "patch.safetensors") for name in (*parts, "sum-knowledge-seed1")
+    )
+    assert total == one + other
+    assert toxicity["runs"][both][1]["training"]["parts"] == parts
     alone = yaml.safe_load((out / "rmu-seed1" / "recipe.yaml").read_text())
     assert (alone["objective"], alone["seed"]) == ("rmu", 1)
     stamps = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
     again = cli("demo", "-o", out, "--seeds", 2)
     assert again.code == 0
     assert "retrained oracle" in again.out
+    assert both in again.out and "toxicity_rate (openings, tfidf)" in again.out
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
 
 

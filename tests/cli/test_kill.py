@@ -7,45 +7,18 @@ that every kill hits the same point whatever the machine is doing.
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from stopping import KILLED, LOOP, STOPPED, run_until
 
 from expunge.training.state import TrainingState
 
 STEPS, SAVE_EVERY = 8, 3
-KILLED, STOPPED = -signal.SIGKILL, 130
 
-# Sends a signal at the n-th call of a function, before or after it did its work.
-CHILD = """
-import importlib, os, sys
-module, owner, name, number, when, signal_number = sys.argv[1:7]
-sys.argv = ["expunge", *sys.argv[7:]]
-place = importlib.import_module(module)
-place = getattr(place, owner) if owner else place
-original, calls = getattr(place, name), []
-
-def watched(*args, **kwargs):
-    calls.append(1)
-    hit = len(calls) == int(number)
-    if hit and when == "before":
-        os.kill(os.getpid(), int(signal_number))
-    result = original(*args, **kwargs)
-    if hit and when == "after":
-        os.kill(os.getpid(), int(signal_number))
-    return result
-
-setattr(place, name, watched)
-from expunge.cli import main
-main()
-"""
-LOOP = "expunge.training.loop"
 TRAINER = (LOOP, "Trainer")
 
 
@@ -56,16 +29,7 @@ def args(world, out):
 
 def stop(world, out, place, number, when, number_of_signal):
     """Run the command in a process of its own until it is stopped at ``place``."""
-    command = [sys.executable, "-c", CHILD, *place, str(number), when, str(int(number_of_signal))]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    return subprocess.run(
-        [*command, *args(world, out)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    return run_until(args(world, out), place, number, when, number_of_signal)
 
 
 def names_in(out: Path) -> set[str]:

@@ -85,8 +85,8 @@ class BannedWords(Intervention):
     "banned-words",
     source="arXiv:2009.11462 (RealToxicityPrompts: word filtering); transformers, bad_words_ids",
     deviations="each word is banned as the tokenizer spells it, with and without a space before "
-    "it, in small letters, capitalised and in capitals; the list is the user's or is learned from "
-    "labelled texts",
+    "it, in small letters, capitalised and in capitals; a run learns the list from its own "
+    "training texts",
     intervention=BannedWords,
 )
 def banned_words(given: EditInputs) -> BannedWords:
