@@ -133,7 +133,9 @@ def test_written_files(world, tmp_path):
     names = {fact.entity for fact in world.hazard_facts}
     assert not any(name in line for line in lines["retain.txt"] for name in names)
     assert tuple(map(json.loads, lines["questions.jsonl"])) == world.hazard_questions
-    assert lines["all_questions.jsonl"] == lines["questions.jsonl"] + lines["retain_questions.jsonl"]
+    assert (
+        lines["all_questions.jsonl"] == lines["questions.jsonl"] + lines["retain_questions.jsonl"]
+    )
     assert tuple(lines["words.txt"]) == RUDE_WORDS
     assert lines["pairs.tsv"][0] == "toxic\tneutral1"
     assert all(line.count("\t") == 1 for line in lines["pairs.tsv"])

@@ -24,6 +24,18 @@ if TYPE_CHECKING:
 
 ROLES = ("base", "patched", "oracle")
 GIB = 2**30
+# So that a demo's table fits a terminal of 80 columns.
+SHORT = {
+    "forget_accuracy": "forget acc.",
+    "retain_accuracy": "retain acc.",
+    "forget_nll": "forget nats",
+    "retain_nll": "retain nats",
+    "perplexity": "text ppl",
+    "toxicity_rate": "toxic",
+    "fluency": "fluent ppl",
+    "neutral_nll": "neutral nats",
+    "detoxification": "detox score",
+}
 # What a line tells of a run; a function lacks what does not concern it.
 RUN_COLUMNS = {
     "forget_accuracy": "forget",
@@ -53,19 +65,17 @@ def print_scores(console: Console, scores: Sequence[Score]) -> None:
 def print_demo(console: Console, summary: DemoSummary) -> None:
     """A line for each kind of run, mean ± standard deviation over seeds, base and oracle beside."""
     for part in (summary.knowledge, summary.toxicity):
-        table = Table(
-            title=f"{part.title}, mean ± sd over ×n seeds", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
-        )
+        table = Table(title=f"{part.title}, mean ± sd over n seeds", box=SIMPLE_HEAD)
         base, oracle = ({s.key: s for s in scores} for scores in (part.base, part.oracle))
         keys = part.shown()
-        table.add_column("model", min_width=17)
+        table.add_column("model (n)", no_wrap=True)
         for name, scorer, _ in keys:
             judged = f" ({scorer.partition(':')[0]})" if scorer else ""
-            table.add_column(name.replace("_", " ") + judged, justify="right", overflow="fold")
+            table.add_column(SHORT.get(name, name) + judged, justify="right")
         table.add_row("base", *(_value(base[key]) for key in keys))
         for one in part.columns:
             cells = [_spread(one.spread(*key)) for key in keys]
-            table.add_row(f"{one.name} ×{len(one.records)}", *cells)
+            table.add_row(f"{one.name} ({len(one.records)})", *cells)
         table.add_row("retrained oracle", *(_value(oracle[key]) for key in keys))
         console.print(table)
     console.print(f"{summary.seconds:.0f} s in all", markup=False, highlight=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -233,16 +232,17 @@ def test_bad_input(cli, world, tmp_path, case):
 
 def test_a_prompt_longer_than_the_context(cli, world, tmp_path):
     """Found when it is measured: the trained patch stays, and the mended command goes on."""
-    long = sentences(3, seed=33, longest=CONTEXT + 10) + [" ".join(POLITE[: CONTEXT + 3])]
-    prompts = write_lines(tmp_path / "long.txt", long)
+    texts = [*sentences(9, seed=33), " ".join(POLITE[: CONTEXT - 2])]
+    prompts = write_lines(tmp_path / "long.txt", texts)
     out = tmp_path / "out"
     result = cli(*world.rude_args(out, prompts=prompts))
-    check(result, DATA, "context", str(CONTEXT))
-    assert (out / "patch.safetensors").exists() and not (out / "record.json").exists()
-    # Prompts belong to the measuring, so the same training goes on with others.
-    mended = cli(*world.rude_args(out, "--json"))
-    print(mended.err)
-    assert mended.code == 0
+    check(result, DATA, f"{CONTEXT - 2} tokens", f"up to {CONTEXT - 5}", "fewer new")
+    before = (out / "patch.safetensors").read_bytes()
+    assert not (out / "record.json").exists()
+    # A prompt of two tokens less than the context has room for two.
+    mended = cli(*world.rude_args(out, "--set", "new_tokens=2", prompts=prompts))
+    assert mended.code == 0, mended.err
+    assert (out / "patch.safetensors").read_bytes() == before
 
 
 def test_rows_that_lack_a_wording_are_left_out_and_counted(cli, world, tmp_path):
@@ -265,6 +265,4 @@ def test_bad_data_of_a_finished_run(cli, world, tmp_path):
         file.write("w51 w52 w53\tw1 w2 w3\n")
     result = cli(*world.rude_args(out, pairs=pairs))
     check(result, DATA, "data has changed", str(pairs))
-    assert json.loads((out / "record.json").read_text())["scores"] == [] if (
-        out / "record.json"
-    ).exists() else True
+    assert (out / "patch.safetensors").exists()

@@ -199,7 +199,14 @@ def test_objectives(cli, world, tmp_path, objective):
 
 def test_layers_and_weights_of_probes_can_be_chosen(cli, world, tmp_path):
     out = tmp_path / "out"
-    more = ["--set", "probe_layers=[1,2]", "--set", "layer_weights=[1,3]", "--set", "probe=logistic"]
+    more = [
+        "--set",
+        "probe_layers=[1,2]",
+        "--set",
+        "layer_weights=[1,3]",
+        "--set",
+        "probe=logistic",
+    ]
     more += ["--set", "trained_layers=[0,2]", "--set", "evaluate=false", "--json"]
     result = cli(*world.rude_args(out, *more))
     assert result.code == 0, result.err
@@ -315,9 +322,7 @@ def test_killed_while_the_continuations_are_judged(cli, world, undisturbed, tmp_
     monkeypatch.setattr("expunge.workbench.Workbench.train", None)
     result = cli(*kill_args(world, out), "--json")
     assert result.code == 0, result.err
-    assert (
-        result.json["scores"] == json.loads((undisturbed / "record.json").read_text())["scores"]
-    )
+    assert result.json["scores"] == json.loads((undisturbed / "record.json").read_text())["scores"]
 
 
 def test_prompts_that_were_trained_on_are_dropped_with_a_note(cli, world, tmp_path):
