@@ -1,8 +1,8 @@
 """Every way to take toxicity out of one model, side by side: settings by validation, then the test.
 
-    python benchmarks/toxicity.py recipe.yaml --out results/toxicity_lab7m.json
+    python benchmarks/toxicity.py --set model=DIR --set pairs=FILE … --out results/toxicity.json
 
-The recipe names model, oracle, data and scorers. Each method gets as many optimiser steps (edits
+The settings name model, oracle, data and scorers. Each method gets as many optimiser steps (edits
 need none) and as many looks at the validation split. Of the settings that keep the rest (LIMITS),
 the one with the highest `detoxification` there is taken; only then is the test split read, once
 for each seed. Runs are ordinary run directories under --work, so an interrupted table goes on
@@ -25,10 +25,10 @@ from expunge.files import write_json
 from expunge.jobs import Job, run_jobs
 from expunge.progress import Bars
 from expunge.provenance import environment
-from expunge.recipe import Recipe, read_settings
+from expunge.published import published_recipe
+from expunge.recipe import Recipe, merge_overrides
 from expunge.records import RunRecord, Score
 
-LOOKS = 4  # for each method
 GRID: dict[str, list[dict[str, Any]]] = {
     "multi-layer-probe": [{"retain_weight": w} for w in (1.0, 3.0, 10.0, 30.0)],
     "single-layer-probe": [{"retain_weight": w} for w in (1.0, 3.0, 10.0, 30.0)],
@@ -156,14 +156,14 @@ def print_table(console: Console, columns: dict[str, dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("recipe", type=Path, help="model, oracle, data and scorers")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--out", type=Path, default=Path("results/toxicity.json"))
     parser.add_argument("--work", type=Path, default=Path("toxicity-runs"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=None)
     given = parser.parse_args()
     progress = Bars(Console(stderr=True))
-    recipe = Recipe.build({"function": "toxicity", **read_settings(given.recipe)})
+    recipe = Recipe.build(merge_overrides({"function": "toxicity"}, given.set))
     looks = look(recipe, given.work, given.workers, progress)
     chosen = [
         max((one for one in looks if one.method == method), key=lambda one: one.worth)
@@ -178,8 +178,8 @@ def main() -> None:
     write_json(
         given.out,
         {
-            "command": f"python benchmarks/toxicity.py {given.recipe} --seeds {given.seeds}",
-            "recipe": first.provenance["recipe"],
+            "recipe": published_recipe(recipe),
+            "seeds": given.seeds,
             "looks": [one.to_dict() for one in looks],
             "chosen": [one.to_dict() for one in chosen],
             "test": columns,

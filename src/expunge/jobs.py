@@ -67,11 +67,12 @@ def run_jobs(
     workers = default_workers(len(jobs)) if workers is None else workers
     with progress.phase("runs", len(jobs)) as advance:
         if workers == 1:
-            records = []
-            for job in jobs:
-                records.append(_do(job))
-                advance(1, job.out.name)
-            return records
+            found: dict[int, RunRecord] = {}
+            # Sums wait for their parts; otherwise the given order.
+            for index in sorted(range(len(jobs)), key=lambda i: bool(jobs[i].sum_of)):
+                found[index] = _do(jobs[index])
+                advance(1, jobs[index].out.name)
+            return [found[index] for index in range(len(jobs))]
         return _in_processes(jobs, workers, advance)
 
 

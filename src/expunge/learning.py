@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from expunge.cuts import Cut, Tokens, Where, cut_with_stores
-from expunge.defaults import check_trained, default_lr, resolve_layers
+from expunge.defaults import SHALLOW, check_trained, default_lr, resolve_layers
 from expunge.edits import EDITS
 from expunge.errors import DataError, RecipeError
 from expunge.functions import FUNCTIONS
@@ -197,7 +197,9 @@ class Learning:
             return Where(trained, (layer,))
         directions = directions_for(recipe, needs.probes, self.probes(recipe))
         read = tuple(directions)
-        trained = check_trained(recipe.trained_layers or read, max(read))
+        # In a shallow model all that can move what is read; else the layers that are read.
+        default = read if n > SHALLOW else range(max(read) + 1)
+        trained = check_trained(recipe.trained_layers or default, max(read))
         head = (LOGPROBS,) if self._wants_twins(needs) else ()
         return Where(trained, (*head, *read), directions)
 

@@ -99,7 +99,7 @@ class Recipe(BaseModel):
         "auto", description="layers read by probe objectives; auto: all that pass probe_threshold"
     )
     probe_threshold: float = Field(
-        0.6, ge=0.5, lt=1, description="least held-out accuracy of a probe that is used"
+        0.7, ge=0.5, lt=1, description="least held-out accuracy of a probe that is used"
     )
     layer_weights: tuple[float, ...] | None = Field(
         None, description="weight of each layer read by a probe objective; default: equal"
@@ -194,8 +194,12 @@ class Recipe(BaseModel):
 
     @property
     def texts_needed(self) -> int:
-        """Texts of a topic, and of retain, that a run reads at most; the prefix runs over them."""
-        return min(self.max_texts, self.steps * self.batch_size)
+        """Texts of a topic, and of retain, that a run reads at most; the prefix runs over them.
+
+        Probes, and scorers fitted on a run's own texts, read all there are.
+        """
+        reads_all = self.pairs is not None or self.labelled is not None
+        return self.max_texts if reads_all else min(self.max_texts, self.steps * self.batch_size)
 
     def _hash(
         self, *, include: set[str] | None = None, exclude: set[str] | None = None, **more: Any

@@ -65,7 +65,6 @@ def classifier(labels: tuple[str, ...], spec: str = "hf:{}") -> Any:
     return make
 
 
-TWO = ("tfidf", "words")
 CASES: dict[str, Case] = {
     # ---- which data
     "neither pairs nor labelled": (
@@ -115,7 +114,7 @@ CASES: dict[str, Case] = {
     "toxic texts among the retain texts": (
         lambda _world, folder: {
             "retain": write_lines(
-                folder / "r.txt", sentences(9, seed=2) + [wordings(120, seed=7)[0][0]]
+                folder / "r.txt", [*sentences(9, seed=2), wordings(120, seed=7)[0][0]]
             )
         },
         (), DATA, ("retain set holds forget content", "1 of 10"),
@@ -132,7 +131,9 @@ CASES: dict[str, Case] = {
         plain(scorer=("tfidf", "words:/no/words.txt")), (), DATA, ("/no/words.txt cannot be read",),
     ),
     "empty word list": (
-        lambda _world, folder: {"scorer": ("tfidf", f"words:{write_lines(folder / 'w.txt', [''])}")},
+        lambda _world, folder: {
+            "scorer": ("tfidf", f"words:{write_lines(folder / 'w.txt', [''])}"),
+        },
         (), DATA, ("w.txt is empty",),
     ),
     "labels that do not say what is toxic": (

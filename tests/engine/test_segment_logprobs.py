@@ -157,14 +157,17 @@ def test_every_layer_may_be_trained() -> None:
     assert len(segment.weights) == tiny.LAYERS
 
 
-def test_a_head_that_is_never_reached_raises() -> None:
-    model, segment = cut("llama")
+@pytest.mark.parametrize("captured", [(LOGPROBS,), (LOGPROBS, 2)])
+def test_a_head_that_is_never_reached_raises(captured: tuple[int, ...]) -> None:
+    model = tiny.tiny_model("llama")
+    _, segment = tiny.cut(model, captured=captured)
     batch = tiny.padded(TEXTS)
     boundary = segment.boundary(*batch, reference=False)
 
     model.lm_head.register_forward_pre_hook(lambda *_args: stop())
-    with pytest.raises(TrainingError, match="never fired"):
-        segment.forward(boundary, *batch)
+    with pytest.raises(TrainingError, match="never fired") as caught:
+        segment.forward(boundary, *batch, logprobs=True)
+    assert "no log-probabilities" in caught.value.got
 
 
 # ---- layers and the head at once
@@ -192,7 +195,8 @@ def hidden(model: Any, ids_BT: Tensor, mask_BT: Tensor, layer: int) -> Tensor:
 @pytest.mark.parametrize("name", tiny.CONFIGS)
 def test_layers_and_log_probabilities_are_the_whole_models(name: str) -> None:
     model, segment = mixed(name)
-    batch = ids_BT, mask_BT = tiny.padded(TEXTS)
+    batch = tiny.padded(TEXTS)
+    mask_BT = batch[1]
     boundary = segment.boundary(*batch, reference=True)
     # The original of the layers only: what is read of the head is read of other texts.
     assert boundary.reference.keys() == {1, 2}
@@ -248,8 +252,7 @@ def test_the_head_of_a_mixed_segment_runs_when_asked() -> None:
     batch = tiny.padded(TEXTS)
     boundary = segment.boundary(*batch, reference=True)
     ran: list[int] = []
-    for layer in (3,):
-        model.model.layers[layer].register_forward_pre_hook(lambda *_args: ran.append(3))
+    model.model.layers[3].register_forward_pre_hook(lambda *_args: ran.append(3))
     model.lm_head.register_forward_pre_hook(lambda *_args: ran.append(99))
     segment.boundary(*batch, reference=True)
     segment.forward(boundary, *batch)

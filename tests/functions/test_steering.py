@@ -44,7 +44,8 @@ PROBES = [probe(0, 0.52), probe(1, 0.7), probe(2, 0.95), probe(3, 0.8)]
 
 
 def recipe(**changes: Any) -> Recipe:
-    return Recipe.build({"model": "m", "retain": "r", "function": "toxicity", **changes})
+    settings = {"model": "m", "retain": "r", "function": "toxicity", "probe_threshold": 0.6}
+    return Recipe.build({**settings, **changes})
 
 
 def test_a_direction_by_hand() -> None:
@@ -99,7 +100,7 @@ def test_a_direction_across_the_difference_is_refused(cosine: float) -> None:
 
 
 def test_classes_without_a_difference_are_refused() -> None:
-    with pytest.raises(DataError, match="cosine of 0.000"):
+    with pytest.raises(DataError, match=r"cosine of 0\.000"):
         directions_for(recipe(), "many", [probe(2, difference_D=torch.zeros(2))])
 
 

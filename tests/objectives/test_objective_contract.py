@@ -13,11 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tiny import has_twins
-
 from expunge.errors import DataError
 from expunge.masked import masked_mean
 from expunge.objectives import OBJECTIVES, Activations, Captured, Direction, Logprobs, Loss
+from tiny import has_twins
 
 B, T, D = 3, 5, 4
 LENGTHS = (5, 2, 3)
