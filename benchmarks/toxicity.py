@@ -29,18 +29,19 @@ from expunge.published import published_recipe
 from expunge.recipe import Recipe, merge_overrides
 from expunge.records import RunRecord, Score
 
+PROBE = [
+    {"lr": 2e-3, "retain_weight": 0.3, "objective_settings": {"margin": 1.0}},
+    {"lr": 2e-3, "retain_weight": 0.5, "objective_settings": {"margin": 1.5}},
+]
+# Two looks for each method; dpo and npo at the rate that a first look at dpo found (LOG.md).
 GRID: dict[str, list[dict[str, Any]]] = {
-    "multi-layer-probe": [{"retain_weight": w} for w in (1.0, 3.0, 10.0, 30.0)],
-    "single-layer-probe": [{"retain_weight": w} for w in (1.0, 3.0, 10.0, 30.0)],
-    "cosine-rmu": [{"retain_weight": w} for w in (2.0, 5.0, 20.0, 80.0)],
-    "dpo": [{"retain_weight": w, "lr": lr} for w in (0.0, 1.0) for lr in (5e-4, 2e-3)],
-    "npo": [{"retain_weight": w, "lr": lr} for w in (1.0, 5.0) for lr in (5e-4, 2e-3)],
-    "profs": [
-        {"objective_settings": {"rank": rank, "first_layer": first}}
-        for rank in (2, 8)
-        for first in (0, -1)
-    ],
-    "project-out": [{"objective_settings": {"alpha": alpha}} for alpha in (1.0, 2.0, 4.0, 8.0)],
+    "multi-layer-probe": PROBE,
+    "single-layer-probe": PROBE,
+    "cosine-rmu": [{"retain_weight": 5.0}, {"retain_weight": 20.0}],
+    "dpo": [{"lr": 5e-4, "retain_weight": weight} for weight in (1.0, 5.0)],
+    "npo": [{"lr": 5e-4, "retain_weight": weight} for weight in (1.0, 5.0)],
+    "profs": [{"objective_settings": {"rank": rank, "first_layer": 0}} for rank in (2, 8)],
+    "project-out": [{"objective_settings": {"alpha": alpha}} for alpha in (2.0, 4.0)],
     "banned-words": [{}],
 }
 # What must stay, against the base: (score, largest loss, whether the loss is a ratio).
