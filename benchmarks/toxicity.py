@@ -3,17 +3,18 @@
     python benchmarks/toxicity.py --set model=DIR --set pairs=FILE … --out results/toxicity.json
 
 The settings name model, oracle, data and scorers. Each method gets as many optimiser steps (edits
-need none) and as many looks at the validation split. Of the settings that keep the rest (LIMITS),
-the one with the highest `detoxification` there is taken; only then is the test split read, once
-for each seed. Runs are ordinary run directories under --work, so an interrupted table goes on
-where it stopped.
+need none) and two looks at the validation split (banned-words has nothing to set: one). The grids
+themselves rest on earlier looks, most of them at probe objectives (LOG.md). Of the settings that
+keep the rest (LIMITS), the one with the highest `detoxification` there is taken; only then is the
+test split read, once for each seed. Runs are ordinary run directories under --work, so an
+interrupted table goes on where it stopped.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -94,14 +95,14 @@ def values(scores: list[Score], model: str) -> dict[str, float | None]:
     }
 
 
-def summed(records: list[RunRecord]) -> dict[str, dict[str, float | int]]:
+def summed(records: list[RunRecord]) -> dict[str, dict[str, float | int | None]]:
     """Mean and standard deviation of each score over seeds."""
     each = [values(record.scores, "patched") for record in records]
-    found: dict[str, dict[str, float | int]] = {}
+    found: dict[str, dict[str, float | int | None]] = {}
     for key in each[0]:
         given = [value for one in each if (value := one[key]) is not None]
         if given:
-            sd = statistics.stdev(given) if len(given) > 1 else 0.0
+            sd = statistics.stdev(given) if len(given) > 1 else None
             found[key] = {"mean": statistics.fmean(given), "sd": sd, "seeds": len(given)}
     return found
 
@@ -184,7 +185,13 @@ def main() -> None:
             "looks": [one.to_dict() for one in looks],
             "chosen": [one.to_dict() for one in chosen],
             "test": columns,
-            "n": {s.name: s.n for s in first.scores if s.model == "base"},
+            "base_and_oracle": [asdict(s) for s in first.scores if s.model != "patched"],
+            "patched": {
+                method: [
+                    [asdict(s) for s in record.scores if s.model == "patched"] for record in found
+                ]
+                for method, found in records.items()
+            },
             "seconds": {
                 method: statistics.fmean(record.timing.get("train", 0.0) for record in found)
                 for method, found in records.items()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import reduce
+from hashlib import sha256
 from operator import add
 from pathlib import Path
 
-from expunge.folder import PATCH_NAME, check_own, claim, look
+from expunge.errors import DataError
+from expunge.folder import LOSSES_NAME, PATCH_NAME, STATE_NAME, check_own, claim, look
 from expunge.model.memory import peak_bytes
 from expunge.model.patch import Patch
 from expunge.progress import timed
@@ -32,29 +34,38 @@ def compose(
 
     Raises:
         PatchError: the patches have different bases.
-        DataError: ``out`` holds another run.
+        DataError: ``out`` holds a run, or a sum of other patches.
     """
     check_own(out)
-    finished = None if fresh else look(recipe, out)
-    if finished is not None:
-        return finished
     patches = [Patch.load(run / PATCH_NAME) for run in runs]
     patch = reduce(add, patches)
+    parts = {run.name: sha256((run / PATCH_NAME).read_bytes()).hexdigest() for run in runs}
+    if not fresh:
+        finished = look(recipe, out)
+        if finished is not None and finished.training.get("parts") == parts:
+            return finished
+        if finished is not None or any((out / name).exists() for name in (STATE_NAME, LOSSES_NAME)):
+            raise DataError(
+                what="The output folder holds something else than this sum",
+                got=f"{out} with a run, or with a sum of other patches",
+                allowed="a new folder, or that of the same sum",
+                fix="choose another -o, or discard what is there with --fresh",
+            )
     claim(recipe, out, fresh=True)
     patch.save(out / PATCH_NAME)
     timing: dict[str, float] = {}
     with timed(timing, "evaluate"):
         scores = bench.evaluate(patch, oracle=recipe.oracle, split=recipe.measure_on)
-    parts = [one.metadata for one in patches]
+    origins = [one.metadata for one in patches]
     record = RunRecord(
-        function=" + ".join(str(part.get("function")) for part in parts),
-        objective=" + ".join(str(part.get("objective")) for part in parts),
+        function=" + ".join(str(origin.get("function")) for origin in origins),
+        objective=" + ".join(str(origin.get("objective")) for origin in origins),
         seed=recipe.seed,
         timing=timing,
         peak_memory_bytes=peak_bytes(),
         provenance=bench.provenance(recipe, patch),
         scores=scores,
-        training={"parts": [run.name for run in runs]},
+        training={"parts": parts},
     )
     record.save(out)
     return record

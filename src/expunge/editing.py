@@ -24,7 +24,6 @@ def make_edit(learning: Learning, recipe: Recipe) -> Patch | Intervention:
     opened = learning.opened(recipe.model, None)
     tokens = learning.tokens(recipe)
     start = time.perf_counter()
-    labelled = learning.data.labelled
     given = EditInputs(
         model=opened.model,
         structure=opened.structure,
@@ -32,7 +31,7 @@ def make_edit(learning: Learning, recipe: Recipe) -> Patch | Intervention:
         toxic=[ids for topic in tokens.forget for ids in topic],
         neutral=tokens.contrast,
         paired=learning.data.paired,
-        words=WordList.from_labelled(labelled).words if labelled else (),
+        words=_words(learning) if entry.extras["needs_words"] else (),
     )
     made = entry.part(given, **settings_of(entry, recipe.objective_settings))
     timing = {**learning.since_last(), "train": time.perf_counter() - start}
@@ -41,6 +40,11 @@ def make_edit(learning: Learning, recipe: Recipe) -> Patch | Intervention:
         metadata = learning.metadata(recipe, entry.name, facts)
         return replace(made, metadata={**made.metadata, **metadata})  # type: ignore[type-var]
     return _patch(learning, recipe, entry.name, opened.model, dict(made), facts)
+
+
+def _words(learning: Learning) -> tuple[str, ...]:
+    """Words that tell toxic from neutral training texts."""
+    return WordList.from_labelled(learning.data.labelled).words
 
 
 def _patch(
@@ -52,6 +56,7 @@ def _patch(
     facts: dict[str, Any],
 ) -> Patch:
     parameters = dict(model.named_parameters())
+    learning.check_dtype(model, {own: parameters[own] for own in changed})
     names = {own: causal_lm_name(model, own) for own in changed}
     before = {names[own]: parameters[own].detach().cpu() for own in changed}
     after = {names[own]: weight.detach().cpu() for own, weight in changed.items()}

@@ -6,13 +6,14 @@ Runs share the opened base and its boundaries; each leaves a patch.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from expunge.cuts import Cut, Tokens, Where, cut_with_stores
 from expunge.defaults import SHALLOW, check_trained, default_lr, resolve_layers
@@ -167,7 +168,7 @@ class Learning:
             segment = Segment(
                 opened.model, opened.structure, trained=where.trained, captured=where.captured
             )
-            self._check_dtype(segment)
+            self.check_dtype(segment.model, segment.weights)
             self._cuts[key] = cut_with_stores(
                 segment,
                 self.tokens(recipe),
@@ -296,10 +297,13 @@ class Learning:
         assert self._opened is not None
         return self._opened
 
-    def _check_dtype(self, segment: Segment) -> None:
-        """A delta to weights that were rounded on reading would not belong to those on disk."""
-        for own_name, weight in segment.weights.items():
-            name = causal_lm_name(segment.model, own_name)
+    def check_dtype(self, model: Any, weights: Mapping[str, Tensor]) -> None:
+        """A delta to weights that were rounded on reading would not belong to those on disk.
+
+        Raises RecipeError where a weight of the model, by its own name, is narrower than its file.
+        """
+        for own_name, weight in weights.items():
+            name = causal_lm_name(model, own_name)
             stored = self.checkpoint.tensors[self.checkpoint.resolve(name)].dtype
             if torch.promote_types(weight.dtype, stored) != weight.dtype:
                 raise RecipeError(

@@ -113,9 +113,9 @@ def measure(
             said = _collect(suite, network, progress)
     scores = [to_score(one, model=role, split="all") for one in examples]
     if suite is not None and said is not None:
-        # The unpatched model tells how fluent the continuations are.
-        of_base = said if learned is None else _collect(suite, network, progress)
-        judged, _ = suite.judge(said, network, of_base, role)
+        # The unpatched model tells how fluent the continuations are. What compares with the base's
+        # own continuations, the summary, takes a run.
+        judged, _ = suite.judge(said, network, said, role)
         # Without pairs there is no summary.
         scores += [one for one in judged if one.prompts and "detoxification" not in one.name]
     return scores

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from expunge.errors import RecipeError
 from expunge.files import write_text
@@ -29,11 +30,18 @@ Name = Annotated[str, Field(min_length=1)]
 NUMBERS = (
     "validation_share held_back_share max_texts max_tokens layer steps lr batch_size "
     "micro_batch_size weight_decay retain_weight rna_noise seed save_every cache_gib "
-    "probe_threshold samples new_tokens temperature max_prompts"
+    "probe_threshold samples new_tokens sampling_seed temperature max_prompts"
 ).split()
 
 # How continuations are sampled and judged: not what is learned.
-MEASURING_FIELDS = ("scorers", "samples", "new_tokens", "temperature", "max_prompts")
+MEASURING_FIELDS = (
+    "scorers",
+    "samples",
+    "new_tokens",
+    "sampling_seed",
+    "temperature",
+    "max_prompts",
+)
 
 
 class Recipe(BaseModel):
@@ -98,6 +106,9 @@ class Recipe(BaseModel):
     probe_layers: Annotated[tuple[int, ...], Field(min_length=1)] | Auto = Field(
         "auto", description="layers read by probe objectives; auto: all that pass probe_threshold"
     )
+    probe_allow_chance: bool = Field(
+        False, description="also use probes that cannot be told from chance"
+    )
     probe_threshold: float = Field(
         0.7, ge=0.5, lt=1, description="least held-out accuracy of a probe that is used"
     )
@@ -132,6 +143,7 @@ class Recipe(BaseModel):
     )
     samples: int = Field(5, ge=1, description="continuations of each prompt")
     new_tokens: int = Field(20, ge=1, description="longest continuation in tokens")
+    sampling_seed: int = Field(0, ge=0, description="of the sampling, the same for all runs")
     temperature: float = Field(1.0, ge=0, description="of sampling; 0: the likeliest token")
     max_prompts: int = Field(200, ge=1, description="largest number of prompts of a set")
     oracle: Name | None = Field(None, description="a model never taught the function, to compare")
@@ -141,6 +153,26 @@ class Recipe(BaseModel):
     def _one_source(cls, value: Any) -> Any:
         """A single source may be written without a list."""
         return (value,) if isinstance(value, str) else value
+
+    @field_validator("probe_layers", mode="before")
+    @classmethod
+    def _range(cls, value: Any) -> Any:
+        """A range such as ``4-7``, ends included, or a single layer."""
+        if isinstance(value, str) and (match := re.fullmatch(r"(\d+)-(\d+)", value)):
+            return tuple(range(int(match[1]), int(match[2]) + 1))
+        return (value,) if isinstance(value, int) and not isinstance(value, bool) else value
+
+    @model_validator(mode="after")
+    def _layers_in_order(self) -> Recipe:
+        """Weights belong to layers as they were listed; from here on, layers ascend."""
+        layers, weights = self.probe_layers, self.layer_weights
+        if layers == "auto":
+            return self
+        order = sorted({layer: place for place, layer in enumerate(layers)}.items())
+        object.__setattr__(self, "probe_layers", tuple(layer for layer, _ in order))
+        if weights is not None and len(weights) == len(layers):
+            object.__setattr__(self, "layer_weights", tuple(weights[place] for _, place in order))
+        return self
 
     @field_validator(*NUMBERS, mode="before")
     @classmethod
@@ -266,7 +298,6 @@ def merge_overrides(base: Mapping[str, Any], overrides: list[str]) -> dict[str, 
 
 def _as_recipe_error(error: ValidationError) -> RecipeError:
     first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"] if not str(part).startswith("literal"))
     outer = str(first["loc"][0]) if first["loc"] else ""
     if first["type"] == "extra_forbidden":
         return RecipeError(
@@ -286,7 +317,7 @@ def _as_recipe_error(error: ValidationError) -> RecipeError:
         str(entry["msg"]) for entry in error.errors() if entry["loc"][:1] == first["loc"][:1]
     )
     return RecipeError(
-        what=f"Setting {key.split('.')[0] or outer} does not fit",
+        what=f"Setting {outer} does not fit" if outer else "Two settings do not fit together",
         got=repr(first.get("input")),
         allowed="; or ".join(messages),
         fix=f"{outer}: {Recipe.model_fields[outer].description}" if outer else "see --help",

@@ -16,6 +16,13 @@ LEAST_COSINE = 0.05
 
 def check_layers(recipe: Recipe, needs: Needs, n_layers: int) -> None:
     """Raise RecipeError for layers that the model lacks, as far as can be told without weights."""
+    if recipe.layer != "auto" and (isinstance(needs, Logprobs) or needs.probes != "none"):
+        raise RecipeError(
+            what="The setting layer is of no use to this objective",
+            got=f"layer {recipe.layer}",
+            allowed="probe_layers for probe objectives; trained_layers for either",
+            fix="leave --layer out; --set probe_layers=5-7 says where probes are read",
+        )
     if isinstance(needs, Logprobs):
         check_trained(recipe.trained_layers or range(n_layers), n_layers - 1)
     elif needs.probes == "none":
@@ -31,7 +38,7 @@ def probed_layers(recipe: Recipe, n_layers: int) -> tuple[int, ...]:
         return tuple(range(n_layers))
     for layer in recipe.probe_layers:
         check_layer(layer, n_layers)
-    return tuple(sorted({*recipe.probe_layers}))
+    return recipe.probe_layers
 
 
 def directions_for(
@@ -48,7 +55,12 @@ def directions_for(
         DataError: no probe passes, or one asked for is at chance.
         RecipeError: as many weights as layers are wanted.
     """
-    layers = choose_layers(probes, recipe.probe_layers, recipe.probe_threshold)
+    layers = choose_layers(
+        probes,
+        recipe.probe_layers,
+        recipe.probe_threshold,
+        allow_chance=recipe.probe_allow_chance,
+    )
     by_layer = {probe.layer: probe for probe in probes}
     if how_many == "one":
         layers = (max(layers, key=lambda layer: by_layer[layer].accuracy),)
@@ -56,7 +68,7 @@ def directions_for(
     if len(weights) != len(layers) or min(weights) < 0 or not sum(weights):
         raise RecipeError(
             what="The layer weights do not fit the layers that are read",
-            got=f"{len(weights)} weights for layers {list(layers)}",
+            got=f"weights {list(weights)} for layers {list(layers)}",
             allowed="a weight of 0 or more for each, not all 0",
             fix="set probe_layers and layer_weights to lists of one length",
         )

@@ -71,7 +71,7 @@ def print_demo(console: Console, summary: DemoSummary) -> None:
         table.add_column("model (n)", no_wrap=True)
         for name, scorer, _ in keys:
             judged = f" ({scorer.partition(':')[0]})" if scorer else ""
-            table.add_column(SHORT.get(name, name) + judged, justify="right")
+            table.add_column(Text(SHORT.get(name, name) + judged), justify="right")
         table.add_row("base", *(_value(base[key]) for key in keys))
         for one in part.columns:
             cells = [_spread(one.spread(*key)) for key in keys]
@@ -172,9 +172,11 @@ def _scores_table(title: str, scores: Sequence[Score]) -> Table:
         by_role = {score.model: score for score in scores if score.key == key}
         first = next(iter(by_role.values()))
         cells = [_value(by_role.get(role), interval=True) for role in roles]  # type: ignore[call-overload]
-        table.add_row(_label(first), *cells, str(first.n), first.split)
+        table.add_row(Text(_label(first)), *cells, str(first.n), first.split)
     for reason in dict.fromkeys(score.reason for score in scores if score.reason):
-        table.caption = "\n".join(filter(None, [str(table.caption or ""), f"unscored: {reason}"]))
+        table.caption = Text(
+            "\n".join(filter(None, [str(table.caption or ""), f"unscored: {reason}"]))
+        )
     return table
 
 

@@ -18,6 +18,7 @@ from expunge.defaults import fitting_tokens, resolve_device
 from expunge.editing import make_edit
 from expunge.evaluation.generation import Sampling
 from expunge.evaluation.scorers import Scorer, build_scorers
+from expunge.files import local_path
 from expunge.functions import FUNCTIONS
 from expunge.functions.base import DataSettings, FunctionData
 from expunge.learning import Learning, method_of
@@ -94,6 +95,7 @@ class Workbench:
                 samples=self.recipe.samples,
                 new_tokens=self.recipe.new_tokens,
                 temperature=self.recipe.temperature,
+                seed=self.recipe.sampling_seed,
             ),
             max_prompts=self.recipe.max_prompts,
         )
@@ -103,7 +105,17 @@ class Workbench:
         """What judges continuations; none where nothing is continued."""
         if not any(measured.prompts for measured in self.data.measured.values()):
             return ()
-        return build_scorers(self.recipe.scorers, self.data.labelled)
+        return build_scorers(self.recipe.scorers, self.data.labelled, device=str(self.device))
+
+    @cached_property
+    def _scorer_files(self) -> dict[str, str]:
+        """SHA-256 of the files that scorers were fitted on or read."""
+        paths = {spec: local_path(spec.partition(":")[2]) for spec in self.recipe.scorers}
+        return {
+            spec: hashlib.sha256(path.read_bytes()).hexdigest()
+            for spec, path in paths.items()
+            if ":" in spec and path.is_file()
+        }
 
     def check(self, recipe: Recipe) -> None:
         """Everything that can be refused before weights are read.
@@ -154,7 +166,8 @@ class Workbench:
             "recipe": recipe.fingerprint,
             "data": dict(self.data.hashes),
             "base": {name: tensor.fingerprint for name, tensor in base.items()},
-            # Probes are fitted again on resume.
+            # Probes are fitted again on resume; they must come out the same.
+            "directions": self._directions(recipe),
             "versions": [torch.__version__, sklearn.__version__],
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
@@ -166,12 +179,21 @@ class Workbench:
             "base": {name: base.to_dict() for name, base in _base(patch).items()},
             "data": dict(self.data.hashes),
             "notes": list(self.data.notes),
+            "scorers": {scorer.name: scorer.about for scorer in self.scorers},
+            "scorer_files": self._scorer_files,
             "counts": {
                 split: {role: _count(items) for role, items in vars(measured).items()}
                 for split, measured in self.data.measured.items()
             },
             **provenance.environment(),
         }
+
+    def _directions(self, recipe: Recipe) -> str:
+        digest = hashlib.sha256()
+        for layer, direction in sorted(self.learning.where(recipe).directions.items()):
+            digest.update(f"{layer} {direction.weight}".encode())
+            digest.update(direction.unit_D.numpy().tobytes())
+        return digest.hexdigest()
 
     def _open(self, name: str, layers: int | None = None) -> tuple[Any, Any]:
         """(model, tokenizer) of a directory or hub name, whole or up to a number of layers."""

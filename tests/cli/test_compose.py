@@ -85,7 +85,7 @@ def test_a_sum_is_measured_as_the_patch_a_plus_b(world, runs, tmp_path, make):
     assert record.function == "knowledge + toxicity"
     assert record.objective == "cosine-rmu + multi-layer-probe"
     assert record.seed == 3
-    assert record.training == {"parts": ["facts", "manners"]}
+    assert list(record.training["parts"]) == ["facts", "manners"]
     assert record.timing.keys() == {"evaluate"}
     assert set(record.provenance["base"]) == set(total.names)
 
@@ -114,6 +114,21 @@ def test_a_finished_sum_is_not_measured_again(world, runs, tmp_path, monkeypatch
     fresh = compose(recipe, runs, out, bench=Workbench(recipe), fresh=True)
     assert fresh.scores == first.scores
     assert (out / "record.json").stat().st_mtime_ns != stamp
+
+
+def test_another_sum_or_a_run_is_not_taken_for_this_one(world, runs, tmp_path):
+    recipe, out = knowledge(world), tmp_path / "out"
+    compose(recipe, runs, out, bench=Workbench(recipe))
+    before = tree(out)
+    with pytest.raises(DataError, match="something else than this sum"):
+        compose(recipe, runs[:1], out, bench=Workbench(recipe))
+    assert tree(out) == before
+    # Nor is the work of an interrupted run thrown away.
+    (out / "record.json").unlink()
+    (out / "losses.jsonl").write_text("{}\n")
+    with pytest.raises(DataError, match="something else than this sum"):
+        compose(recipe, runs, out, bench=Workbench(recipe))
+    assert (out / "losses.jsonl").exists()
 
 
 def test_an_interrupted_sum_is_made_again(world, runs, tmp_path):

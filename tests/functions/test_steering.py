@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from expunge.errors import DataError, RecipeError
-from expunge.objectives import Activations, Logprobs
+from expunge.objectives import OBJECTIVES, Activations, Logprobs
 from expunge.probes.probe import Probe
 from expunge.recipe import Recipe
 from expunge.steering import LEAST_COSINE, check_layers, directions_for, probed_layers
@@ -70,11 +70,37 @@ def test_weights_have_mean_one() -> None:
     assert {layer: one.weight for layer, one in found.items()} == {1: 0.5, 3: 1.5}
 
 
+def test_weights_stay_with_the_layers_they_were_listed_for() -> None:
+    found = directions_for(recipe(probe_layers=[3, 1], layer_weights=[3, 1]), "many", PROBES)
+    assert {layer: one.weight for layer, one in found.items()} == {1: 0.5, 3: 1.5}
+    again = recipe(probe_layers=[3, 1], layer_weights=[3, 1]).updated(steps=3)
+    assert (again.probe_layers, again.layer_weights) == ((1, 3), (1.0, 3.0))
+
+
+def test_a_range_of_layers() -> None:
+    assert recipe(probe_layers="1-3").probe_layers == (1, 2, 3)
+    assert recipe(probe_layers=2).probe_layers == (2,)
+
+
+def test_a_probe_at_chance_is_used_only_on_request() -> None:
+    with pytest.raises(DataError, match="at chance"):
+        directions_for(recipe(probe_layers=[0]), "many", PROBES)
+    allowed = recipe(probe_layers=[0], probe_allow_chance=True)
+    assert list(directions_for(allowed, "many", PROBES)) == [0]
+
+
+@pytest.mark.parametrize("name", ["multi-layer-probe", "npo"])
+def test_a_layer_that_would_be_ignored_is_refused(name: str) -> None:
+    needs = OBJECTIVES.get(name).extras["needs"]
+    with pytest.raises(RecipeError, match="of no use"):
+        check_layers(recipe(layer=2), needs, 4)
+
+
 @pytest.mark.parametrize("weights", [[1.0], [1, 2, 3], [0, 0], [-1, 2]])
 def test_weights_that_do_not_fit(weights: list[float]) -> None:
     with pytest.raises(RecipeError, match="layer weights do not fit") as told:
         directions_for(recipe(probe_layers=[1, 3], layer_weights=weights), "many", PROBES)
-    assert f"{len(weights)} weights for layers [1, 3]" in told.value.got
+    assert f"weights {[float(w) for w in weights]} for layers [1, 3]" in told.value.got
 
 
 def test_a_probe_at_chance_is_refused() -> None:

@@ -88,6 +88,7 @@ class BannedWords(Intervention):
     "it, in small letters, capitalised and in capitals; a run learns the list from its own "
     "training texts",
     intervention=BannedWords,
+    needs_words=True,
 )
 def banned_words(given: EditInputs) -> BannedWords:
     """Ban ``given.words`` while text is sampled.

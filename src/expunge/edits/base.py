@@ -107,6 +107,7 @@ def edit(
     source: str,
     deviations: str,
     intervention: type[Intervention] | None = None,
+    needs_words: bool = False,
 ) -> Callable[[Edit], Edit]:
     """Register ``f(given: EditInputs, *, settings…) -> Weights | Intervention``.
 
@@ -118,8 +119,15 @@ def edit(
         source: paper or repository, with revision.
         deviations: how this differs from the source; say "reconstruction" where it is one.
         intervention: the class of what it returns; None: it returns weights.
+        needs_words: whether it uses ``given.words``, which are learned only then.
     """
-    return EDITS.register(name, source=source, deviations=deviations, intervention=intervention)
+    return EDITS.register(
+        name,
+        source=source,
+        deviations=deviations,
+        intervention=intervention,
+        needs_words=needs_words,
+    )
 
 
 def load_intervention(path: Path | str) -> Intervention:

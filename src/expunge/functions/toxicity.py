@@ -72,8 +72,8 @@ def load_toxicity(settings: DataSettings) -> FunctionData:
 
     Pairs are split whole, and no wording is in two splits. Toxic training texts are to be
     forgotten; neutral ones are the contrast, and one more source of retain texts. Many sentences
-    share an opening, so a training text may begin as a prompt does; but no prompt is a whole
-    training text, and validation and test share no prompt.
+    share an opening, so a training text may begin as a prompt does; but no prompt of the
+    user's is a whole training text, and validation and test share no prompt.
 
     With ``labelled``, ``field`` names the column of its texts and of no other source.
 

@@ -73,6 +73,6 @@ def check_classes(labelled: Sequence[Labelled], scorer: str) -> tuple[list[str],
             what=f"The scorer {scorer} cannot be fitted: a class is missing",
             got=f"{len(toxic)} toxic and {len(neutral)} neutral texts",
             allowed="labelled texts of both classes",
-            fix="name a labelled file after the scorer (tfidf:FILE, words:FILE), with both classes",
+            fix="name a file after the scorer: labelled texts (tfidf:FILE), words (words:FILE)",
         )
     return toxic, neutral

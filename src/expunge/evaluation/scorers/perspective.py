@@ -7,6 +7,7 @@ different days may differ.
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import time
@@ -38,7 +39,7 @@ def over_https(url: str, body: bytes, headers: Mapping[str, str]) -> tuple[int, 
             return int(answer.status), answer.read()
     except urllib.error.HTTPError as error:
         return error.code, error.read()
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:
         return 0, type(error).__name__.encode()
 
 
