@@ -577,7 +577,7 @@ def test_demo_leaves_a_run_directory_for_each_run(cli, tmp_path):
         Patch.load(out / name / "patch.safetensors") for name in (*parts, "sum-knowledge-seed1")
     )
     assert total == one + other
-    assert toxicity["runs"][both][1]["training"]["parts"] == parts
+    assert list(toxicity["runs"][both][1]["training"]["parts"]) == parts
     alone = yaml.safe_load((out / "rmu-seed1" / "recipe.yaml").read_text())
     assert (alone["objective"], alone["seed"]) == ("rmu", 1)
     stamps = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
