@@ -1,8 +1,8 @@
 """Fit a probe at every layer asked for, in one pass over the texts.
 
 Running sums give all means. Logistic regression, discriminant analysis, the spread and the held-out
-numbers need rows: a bounded number of them is kept (`rows.py`), so the activations held in memory do
-not grow with the texts; token ids and their bookkeeping do.
+numbers need rows: a bounded number of them is kept (`rows.py`), so the activations held in memory
+do not grow with the texts; token ids and their bookkeeping do.
 
 Shapes: B texts of a group, T tokens, D hidden size, S kept rows.
 """
