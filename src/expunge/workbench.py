@@ -16,14 +16,14 @@ import torch
 from expunge import provenance
 from expunge.defaults import fitting_tokens, resolve_device
 from expunge.editing import make_edit
-from expunge.evaluation.generation import Sampling
+from expunge.evaluation.generation import Sampling, check_prompts
 from expunge.evaluation.scorers import Scorer, build_scorers
 from expunge.files import local_path
 from expunge.functions import FUNCTIONS
 from expunge.functions.base import DataSettings, FunctionData
 from expunge.learning import Learning, method_of
 from expunge.measuring import Artefact, Measuring
-from expunge.model.checkpoint import Checkpoint, open_model
+from expunge.model.checkpoint import Checkpoint, open_model, open_tokenizer
 from expunge.model.patch import BaseTensor, Patch
 from expunge.progress import Progress, Silent, timed
 from expunge.recipe import Recipe
@@ -135,6 +135,18 @@ class Workbench:
         _ = self.device, self.data
         if recipe.evaluate:
             _ = self.scorers
+            self._check_prompts(recipe)
+
+    def _check_prompts(self, recipe: Recipe) -> None:
+        """Prompts that cannot be continued are told before anything is trained."""
+        sets = self.data.measured[recipe.measure_on].prompts
+        if sets:
+            tokenizer = open_tokenizer(
+                self.checkpoint.directory, trust_remote_code=recipe.trust_remote_code
+            )
+        for prompts in sets.values():
+            texts = [prompt.text for prompt in prompts[: recipe.max_prompts]]
+            check_prompts(tokenizer, texts, self.checkpoint.text_config, recipe.new_tokens)
 
     def train(
         self, recipe: Recipe, stage: Stage | None = None

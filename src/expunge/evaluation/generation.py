@@ -92,7 +92,7 @@ def continuations(
         ResourceError: out of memory with a single row.
     """
     encoded = _encode(tokenizer, prompts)
-    _check_lengths(model, encoded, sampling.new_tokens)
+    _check_lengths(model.config.get_text_config(), encoded, sampling.new_tokens)
     greedy = sampling.temperature == 0
     samples = min(1, sampling.samples) if greedy else sampling.samples
     jobs = [(prompt, sample) for prompt in range(len(prompts)) for sample in range(samples)]
@@ -227,9 +227,14 @@ def _text(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], ids: Sequen
     return whole[len(before) :] if whole.startswith(before) else decoded(ids)
 
 
-def _check_lengths(
-    model: PreTrainedModel, encoded: Sequence[Sequence[int]], new_tokens: int
+def check_prompts(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], config: Any, new_tokens: int
 ) -> None:
+    """Raise DataError for prompts that a model with this text config cannot continue."""
+    _check_lengths(config, _encode(tokenizer, prompts), new_tokens)
+
+
+def _check_lengths(config: Any, encoded: Sequence[Sequence[int]], new_tokens: int) -> None:
     if not all(encoded):
         raise DataError(
             what="A prompt has no token, so there is nothing to continue",
@@ -237,7 +242,7 @@ def _check_lengths(
             allowed="prompts of at least one token",
             fix="leave the empty prompts out",
         )
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = getattr(config, "max_position_embeddings", None)
     if limit is None:
         return
     too_long = [len(ids) for ids in encoded if len(ids) + new_tokens > limit]

@@ -129,6 +129,20 @@ class Checkpoint:
         }
 
 
+def open_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a model directory. Raises ModelError if it cannot be loaded whole."""
+    from transformers import AutoTokenizer
+
+    with _quiet(), _load_errors(directory, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=trust_remote_code
+        )
+        # Where the files are missing, transformers makes one that knows its special tokens only.
+        if len(tokenizer) <= len(tokenizer.get_added_vocab()):
+            raise ValueError("no vocabulary: the tokenizer files are missing")
+    return tokenizer
+
+
 def open_model(
     directory: str | Path,
     *,
@@ -149,15 +163,11 @@ def open_model(
     Raises ModelError if model or tokenizer cannot be loaded whole or do not belong together,
     ResourceError if it does not fit into memory.
     """
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
     path = Checkpoint.open(directory).directory
     common = {"local_files_only": True, "trust_remote_code": trust_remote_code}
-    with _quiet(), _load_errors(path, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(path, **common)
-        # Where the files are missing, transformers makes one that knows its special tokens only.
-        if len(tokenizer) <= len(tokenizer.get_added_vocab()):
-            raise ValueError("no vocabulary: the tokenizer files are missing")
+    tokenizer = open_tokenizer(path, trust_remote_code=trust_remote_code)
     with _quiet(), _load_errors(path, "model"):
         config = AutoConfig.from_pretrained(path, **common)
         factory = AutoModelForCausalLM
