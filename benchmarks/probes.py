@@ -41,6 +41,7 @@ FITS = [
     ("logistic", "mean"),
     ("mean-difference", "mean"),
     ("lda", "mean"),
+    ("lda", "token"),
     ("logistic", "token"),
 ]
 
