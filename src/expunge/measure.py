@@ -13,7 +13,7 @@ from expunge.defaults import fitting_tokens, resolve_device, resolve_dtype
 from expunge.errors import DataError
 from expunge.evaluation.examples import Examples
 from expunge.evaluation.fluency import nll, perplexity
-from expunge.evaluation.generation import Sampling
+from expunge.evaluation.generation import SAMPLING, Sampling
 from expunge.evaluation.likelihood import score
 from expunge.evaluation.multiple_choice import accuracy, answer_nll, prepare_questions
 from expunge.evaluation.prepared import prepare_texts
@@ -26,7 +26,6 @@ from expunge.progress import Progress, Silent
 from expunge.records import ModelRole, Score
 
 QUESTION_BATCH, TEXT_BATCH = 256, 16
-SAMPLING = Sampling()
 
 
 def measure(

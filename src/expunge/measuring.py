@@ -9,7 +9,7 @@ from typing import Any
 from expunge.data.text import Text
 from expunge.edits import Intervention
 from expunge.errors import DataError
-from expunge.evaluation.generation import Sampling
+from expunge.evaluation.generation import SAMPLING, Sampling
 from expunge.evaluation.scorers import Scorer
 from expunge.evaluation.suite import Suite
 from expunge.evaluation.toxicity import Collected, ToxicitySuite
@@ -20,7 +20,6 @@ from expunge.records import ModelRole, Score, Split
 
 # What a run leaves: changed weights, or something that acts while the model runs.
 Artefact = Patch | Intervention
-SAMPLING = Sampling()
 
 
 class Measuring:

@@ -11,10 +11,10 @@ import torch
 
 import tiny
 from expunge.errors import DataError, ModelError, RecipeError, ResourceError
-from expunge.model.boundaries import GROUP_TOKENS
+from expunge.model.boundaries import GROUP_TOKENS, length_groups
 from expunge.model.structure import find_structure
 from expunge.probes import stream as room
-from expunge.probes.stream import length_groups, stream
+from expunge.probes.stream import stream
 
 ALL = range(tiny.LAYERS)
 

@@ -52,6 +52,9 @@ class Sampling:
     batch_size: int = 64
 
 
+SAMPLING = Sampling()
+
+
 @dataclass(frozen=True)
 class Continuation:
     """One sampled continuation.

@@ -77,6 +77,20 @@ def _widened(tensor: Tensor, width: int) -> Tensor:
     return torch.cat([tensor, zeros], dim=1)
 
 
+def length_groups(lengths: Sequence[int], tokens: int) -> list[list[int]]:
+    """Places of ``lengths``, sorted by length and parted into groups.
+
+    A group, padded to its longest, holds at most ``tokens`` tokens, or a single text.
+    """
+    groups: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
+        # Sorted by length: the newcomer is the longest of its group.
+        if not groups or (len(groups[-1]) + 1) * lengths[index] > tokens:
+            groups.append([])
+        groups[-1].append(index)
+    return groups
+
+
 class BoundaryStore:
     """The boundaries of some texts at one cut.
 
@@ -171,15 +185,7 @@ class BoundaryStore:
 
     def _groups(self) -> list[list[int]]:
         budget = GROUP_TOKENS.get(self.segment.device.type, GROUP_TOKENS["cuda"])
-        order = sorted(range(len(self.texts)), key=lambda i: (len(self.texts[i]), i))
-        groups: list[list[int]] = []
-        for index in order:
-            # Sorted by length: the newcomer is the longest of its group.
-            width = len(self.texts[index])
-            if not groups or (len(groups[-1]) + 1) * width > budget:
-                groups.append([])
-            groups[-1].append(index)
-        return groups
+        return length_groups([len(ids) for ids in self.texts], budget)
 
     def _tokens(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         texts = [self.texts[i] for i in indices]

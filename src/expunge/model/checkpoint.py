@@ -133,7 +133,7 @@ def open_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a model directory. Raises ModelError if it cannot be loaded whole."""
     from transformers import AutoTokenizer
 
-    with _quiet(), _load_errors(directory, "tokenizer"):
+    with quiet(), _load_errors(directory, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(
             directory, local_files_only=True, trust_remote_code=trust_remote_code
         )
@@ -168,7 +168,7 @@ def open_model(
     path = Checkpoint.open(directory).directory
     common = {"local_files_only": True, "trust_remote_code": trust_remote_code}
     tokenizer = open_tokenizer(path, trust_remote_code=trust_remote_code)
-    with _quiet(), _load_errors(path, "model"):
+    with quiet(), _load_errors(path, "model"):
         config = AutoConfig.from_pretrained(path, **common)
         factory = AutoModelForCausalLM
         if layers is not None:
@@ -279,8 +279,8 @@ def _truncated(config: Any, layers: int) -> Any:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' warnings (unused weights are meant here) and progress bars."""
+def quiet() -> Iterator[None]:
+    """Without transformers' warnings and progress bars; unused weights are meant here."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

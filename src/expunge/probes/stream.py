@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from expunge.errors import DataError, ModelError, RecipeError, ResourceError
-from expunge.model.boundaries import GROUP_TOKENS
+from expunge.model.boundaries import GROUP_TOKENS, length_groups
 from expunge.model.memory import is_out_of_memory
 from expunge.model.structure import Structure, stop, stopping
 
@@ -70,20 +70,6 @@ def stream(
     wanted = tuple(sorted(set(layers)))
     _check(structure, texts, wanted)
     return _passes(model, structure, texts, wanted, on_progress)
-
-
-def length_groups(lengths: Sequence[int], tokens: int) -> list[list[int]]:
-    """Places of ``lengths``, sorted by length and parted into groups.
-
-    A group, padded to its longest, holds at most ``tokens`` tokens, or a single text.
-    """
-    groups: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
-        # Sorted by length: the newcomer is the longest of its group.
-        if not groups or (len(groups[-1]) + 1) * lengths[index] > tokens:
-            groups.append([])
-        groups[-1].append(index)
-    return groups
 
 
 def _check(structure: Structure, texts: Sequence[Sequence[int]], layers: Sequence[int]) -> None:

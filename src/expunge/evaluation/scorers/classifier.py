@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from expunge.errors import DataError, ModelError
 from expunge.evaluation.scorers.base import judged
 from expunge.files import local_path
+from expunge.model.checkpoint import quiet
 from expunge.model.memory import halving_rows
 
 # The first set that a model has labels of is taken: where ``toxic`` stands beside finer kinds
@@ -162,7 +162,7 @@ def _open(source: str, device: torch.device | str) -> tuple[Any, Any, Any]:
     path = local_path(source)
     where = str(path if path.is_dir() else source)
     try:
-        with _quiet():
+        with quiet():
             config = AutoConfig.from_pretrained(where, trust_remote_code=False)
             tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
             model, report = AutoModelForSequenceClassification.from_pretrained(
@@ -189,19 +189,3 @@ def _open(source: str, device: torch.device | str) -> tuple[Any, Any, Any]:
             fix="check the name; save an older checkpoint again with save_pretrained",
         ) from error
     return config, tokenizer, model.to(device).eval()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' warnings and progress bars."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
