@@ -28,7 +28,7 @@ from expunge.progress import Bars
 from expunge.provenance import environment
 from expunge.published import published_recipe
 from expunge.recipe import Recipe, merge_overrides
-from expunge.records import RunRecord, Score
+from expunge.records import RunRecord, Score, full_name
 
 PROBE = [
     {"lr": 2e-3, "retain_weight": 0.3, "objective_settings": {"margin": 1.0}},
@@ -88,11 +88,7 @@ def keeps_the_rest(record: RunRecord) -> bool:
 
 def values(scores: list[Score], model: str) -> dict[str, float | None]:
     """Score values by their keys, such as ``toxicity_rate/openings/tfidf``."""
-    return {
-        "/".join(filter(None, (s.name, s.prompts, s.scorer))): s.value
-        for s in scores
-        if s.model == model
-    }
+    return {full_name(*s.key): s.value for s in scores if s.model == model}
 
 
 def summed(records: list[RunRecord]) -> dict[str, dict[str, float | int | None]]:

@@ -17,7 +17,7 @@ from expunge.jobs import Job, run_jobs
 from expunge.miniature import base_directory, check_data, oracle_directory
 from expunge.progress import Progress, Silent
 from expunge.recipe import Recipe
-from expunge.records import RunRecord, Score
+from expunge.records import RunRecord, Score, full_name
 
 # Chosen on the validation questions, with as many looks for each objective
 # (benchmarks/demo_settings.py). RMU's published coefficient and retain weight belong to 7B models:
@@ -114,12 +114,7 @@ class Part:
             "base": [asdict(score) for score in self.base],
             "oracle": [asdict(score) for score in self.oracle],
             "objectives": {
-                column.name: {
-                    "/".join(filter(None, (name, prompts, scorer))): asdict(
-                        column.spread(name, scorer, prompts)
-                    )
-                    for name, scorer, prompts in self.keys()
-                }
+                column.name: {full_name(*key): asdict(column.spread(*key)) for key in self.keys()}
                 for column in self.columns
             },
             "runs": {c.name: [record.to_dict() for record in c.records] for c in self.columns},

@@ -15,13 +15,16 @@ from typing import Literal
 
 import psutil
 
+from expunge.edits import base as interventions
 from expunge.edits import load_intervention
 from expunge.errors import DataError, ExpungeError, PatchError
 from expunge.files import disk_errors
 from expunge.measuring import Artefact
+from expunge.model import patch as patches
 from expunge.model.boundaries import SPILL_PREFIX
 from expunge.model.patch import Patch
 from expunge.model.shards import read_header
+from expunge.probes import probe
 from expunge.published import as_published
 from expunge.recipe import MEASURING_FIELDS, Recipe
 from expunge.records import RECORD_NAME, RunRecord
@@ -57,9 +60,9 @@ def kind_of(path: Path) -> Kind | None:
     except (OSError, ValueError):
         return None
     kinds: dict[str, Kind] = {
-        "expunge-patch": "patch",
-        "expunge-intervention": "intervention",
-        "expunge-probes": "probes",
+        patches.FORMAT: "patch",
+        interventions.FORMAT: "intervention",
+        probe.FORMAT: "probes",
     }
     return kinds.get(header.get("format", ""))
 

@@ -21,6 +21,11 @@ ModelRole = Literal["base", "patched", "oracle"]
 Split = Literal["train", "validation", "test", "all"]
 
 
+def full_name(name: str, scorer: str | None, prompts: str | None) -> str:
+    """``toxicity_rate/openings/tfidf``; the name alone where nothing else tells scores apart."""
+    return "/".join(part for part in (name, prompts, scorer) if part)
+
+
 @dataclass(frozen=True)
 class Score:
     """One number with its uncertainty.

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from expunge.records import full_name
+
 Unit = Literal["fraction", "nats/token", "perplexity"]
 HigherIs = Literal["better", "worse"]
 
@@ -43,7 +45,7 @@ class Examples:
     @property
     def key(self) -> str:
         """``toxicity_rate/openings/tfidf``; the name alone where nothing else tells them apart."""
-        return "/".join(part for part in (self.name, self.prompts, self.scorer) if part)
+        return full_name(self.name, self.scorer, self.prompts)
 
 
 def collect(
