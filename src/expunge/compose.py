@@ -55,7 +55,7 @@ def compose(
     patch.save(out / PATCH_NAME)
     timing: dict[str, float] = {}
     with timed(timing, "evaluate"):
-        scores = bench.evaluate(patch, oracle=recipe.oracle, split=recipe.measure_on)
+        found = bench.measure(patch, oracle=recipe.oracle, split=recipe.measure_on)
     origins = [one.metadata for one in patches]
     record = RunRecord(
         function=" + ".join(str(origin.get("function")) for origin in origins),
@@ -64,8 +64,8 @@ def compose(
         timing=timing,
         peak_memory_bytes=peak_bytes(),
         provenance=bench.provenance(recipe, patch),
-        scores=scores,
         training={"parts": parts, "split_reads": {recipe.measure_on: 1}},
+        **vars(found),
     )
     record.save(out)
     return record

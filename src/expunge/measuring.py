@@ -3,23 +3,56 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from expunge.data.text import Text
 from expunge.edits import Intervention
 from expunge.errors import DataError
+from expunge.evaluation.examples import Examples
 from expunge.evaluation.generation import SAMPLING, Sampling
 from expunge.evaluation.scorers import Scorer
+from expunge.evaluation.stats import to_values
 from expunge.evaluation.suite import Suite
 from expunge.evaluation.toxicity import Collected, ToxicitySuite
 from expunge.functions.base import Measured
 from expunge.model.patch import Patch
 from expunge.progress import Progress
-from expunge.records import ModelRole, Score, Split
+from expunge.records import ModelRole, Sample, Score, Split, Values
 
 # What a run leaves: changed weights, or something that acts while the model runs.
 Artefact = Patch | Intervention
+
+
+# Questions whose wording a record keeps, of each side.
+ASKED = 300
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """What was measured of base, patched and oracle, in this order.
+
+    Attributes:
+        values: behind the scores, example by example.
+        asked: side -> the wording of its first questions.
+        samples: what the models said to the first prompts.
+    """
+
+    scores: list[Score] = field(default_factory=list)
+    values: list[Values] = field(default_factory=list)
+    asked: dict[str, list[str]] = field(default_factory=dict)
+    samples: list[Sample] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _OfOne:
+    """What was measured of one model."""
+
+    role: ModelRole
+    scores: list[Score]
+    values: list[Values]
+    said: Collected | None
 
 
 class Measuring:
@@ -53,29 +86,31 @@ class Measuring:
         self.scorers, self.sampling, self.max_prompts = scorers, sampling, max_prompts
         self.base, self.measured, self.max_tokens = base, measured, max_tokens
         self.open_model, self.progress = open_model, progress
-        self._base: dict[Split, list[Score]] = {}
-        self._said_by_base: dict[Split, Collected] = {}
-        self._oracles: dict[tuple[str, Split], list[Score]] = {}
+        self._base: dict[Split, _OfOne] = {}
+        self._oracles: dict[tuple[str, Split], _OfOne] = {}
 
-    def scores(
+    def measure(
         self, patch: Artefact | None, *, oracle: str | None = None, split: Split = "test"
-    ) -> list[Score]:
-        """Scores of base, patched and oracle, in this order."""
+    ) -> Measurements:
+        """Measure base, patched and oracle."""
         model, _ = self._whole
         if split not in self._base:
-            scores, said = self._look(model, "base", split)
-            if said is not None:
-                self._said_by_base[split] = said
-            self._base[split] = scores + self._judge(said, "base", split)
-        scores = list(self._base[split])
+            self._base[split] = self._judged(*self._look(model, "base", split), "base", split)
+        found = [self._base[split]]
         if patch is not None:
             with patch.applied(model):
-                found, said = self._look(model, "patched", split)
+                seen = self._look(model, "patched", split)
             # Judged with the base's own weights back: it tells how fluent a continuation is.
-            scores += found + self._judge(said, "patched", split)
+            found.append(self._judged(*seen, "patched", split))
         if oracle is not None:
-            scores += self._oracle_scores(oracle, split)
-        return scores
+            found.append(self._of_oracle(oracle, split))
+        said = {one.role: one.said for one in found if one.said is not None}
+        return Measurements(
+            scores=[score for one in found for score in one.scores],
+            values=[values for one in found for values in one.values],
+            asked=self._suites[split].asked(ASKED),
+            samples=self._toxicity[split].samples(said) if said else [],
+        )
 
     @cached_property
     def _whole(self) -> tuple[Any, Any]:
@@ -117,33 +152,42 @@ class Measuring:
             if data.prompts
         }
 
-    def _oracle_scores(self, oracle: str, split: Split) -> list[Score]:
+    def _of_oracle(self, oracle: str, split: Split) -> _OfOne:
         if (oracle, split) not in self._oracles:
             model, tokenizer = self.open_model(oracle)
             _, own = self._whole
             _check_same_tokenizer(own, tokenizer, oracle)
-            found, said = self._look(model, "oracle", split)
-            self._oracles[oracle, split] = found + self._judge(said, "oracle", split)
+            seen = self._look(model, "oracle", split)
+            self._oracles[oracle, split] = self._judged(*seen, "oracle", split)
         return self._oracles[oracle, split]
 
     def _look(
         self, model: Any, role: ModelRole, split: Split
-    ) -> tuple[list[Score], Collected | None]:
+    ) -> tuple[list[Score], list[Examples], Collected | None]:
         """Everything that takes the model itself: scores, and what it says to the prompts."""
         suite, toxicity = self._suites[split], self._toxicity.get(split)
         rows = suite.rows + (toxicity.rows if toxicity else 0)
         with self.progress.phase(f"measure {role}", rows) as advance:
-            scores, _ = suite.measure(model, role, advance)
+            scores, examples = suite.measure(model, role, advance)
             said = toxicity.collect(model, advance) if toxicity else None
-        return scores, said
+        return scores, list(examples.values()), said
 
-    def _judge(self, said: Collected | None, role: ModelRole, split: Split) -> list[Score]:
-        if said is None:
-            return []
-        base, _ = self._whole
-        of_base = self._said_by_base[split]
-        scores, _ = self._toxicity[split].judge(said, base, of_base, role)
-        return scores
+    def _judged(
+        self,
+        scores: list[Score],
+        examples: list[Examples],
+        said: Collected | None,
+        role: ModelRole,
+        split: Split,
+    ) -> _OfOne:
+        if said is not None:
+            base, _ = self._whole
+            known = self._base.get(split)
+            of_base = known.said if known is not None and known.said is not None else said
+            judged, behind = self._toxicity[split].judge(said, base, of_base, role)
+            scores, examples = scores + judged, examples + list(behind.values())
+        values = [to_values(one, model=role, split=split) for one in examples]
+        return _OfOne(role, scores, values, said)
 
 
 def _check_same_tokenizer(base: Any, other: Any, name: str) -> None:

@@ -95,7 +95,7 @@ def pick(out: Path, point: int, *, progress: Progress | None = None) -> Picked:
     training = present.metadata["training"] | {"tradeoff": {**known, "chosen": facts}}
     metadata = {**present.metadata, "training": training}
     patch = replace(present, deltas=taken.deltas, base=taken.base, metadata=metadata)
-    record = measured(recipe, patch, bench, record.training.get("split_reads", {}))
+    record = measured(recipe, patch, bench, record.training.get("split_reads", {}), out)
     clear_leftovers(out)
     save_front(out, front)
     patch.save(out / PATCH_NAME)

@@ -14,7 +14,9 @@ from typing import Any, Literal
 from expunge.errors import DataError
 from expunge.files import write_json
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+# Version 1 lacks what later ones add beside the scores; it reads as nothing there.
+READABLE = (1, SCHEMA_VERSION)
 RECORD_NAME = "record.json"
 
 ModelRole = Literal["base", "patched", "oracle"]
@@ -67,6 +69,51 @@ class Score:
 
 
 @dataclass(frozen=True)
+class Values:
+    """What lies behind a `Score`, example by example, so that runs can be compared in pairs.
+
+    Runs on the same data measure the same examples in the same order.
+
+    Attributes:
+        name, model, split, unit, scorer, prompts: as of the score; values of a perplexity are in
+            nats/token.
+        values: one an example, rounded to 6 digits; None: not scored.
+        weights: of the examples in a mean, such as tokens; None: they count alike.
+    """
+
+    name: str
+    model: ModelRole
+    split: Split
+    values: list[float | None]
+    weights: list[float] | None = None
+    unit: str = "fraction"
+    scorer: str | None = None
+    prompts: str | None = None
+
+    @property
+    def key(self) -> tuple[str, str | None, str | None]:
+        """That of the score."""
+        return self.name, self.scorer, self.prompts
+
+
+@dataclass(frozen=True)
+class Sample:
+    """How models go on from one prompt: the first continuation of each. Untrusted text.
+
+    Attributes:
+        prompts: the set of prompts.
+        prompt: the text that was continued.
+        said: model -> continuation.
+        flagged: model -> the scorers that call its continuation toxic.
+    """
+
+    prompts: str
+    prompt: str
+    said: dict[str, str]
+    flagged: dict[str, list[str]]
+
+
+@dataclass(frozen=True)
 class RunRecord:
     """Everything about one run that a reader needs to trust and to repeat it.
 
@@ -74,6 +121,10 @@ class RunRecord:
         timing: seconds spent in ``load``, ``prefix``, ``train``, ``evaluate``.
         peak_memory_bytes: largest resident memory of the process during the run.
         provenance: recipe, model and data hashes, package versions, hardware, commit.
+        values: what lies behind the scores, example by example.
+        asked: the first questions of the ``forget`` and the ``retain`` side that was measured, in
+            the order of the values of ``forget_accuracy`` and ``retain_accuracy``.
+        samples: what the models said.
     """
 
     function: str
@@ -84,6 +135,9 @@ class RunRecord:
     provenance: dict[str, Any]
     scores: list[Score] = field(default_factory=list)
     training: dict[str, Any] = field(default_factory=dict)
+    values: list[Values] = field(default_factory=list)
+    asked: dict[str, list[str]] = field(default_factory=dict)
+    samples: list[Sample] = field(default_factory=list)
     schema_version: int = SCHEMA_VERSION
 
     def to_dict(self) -> dict[str, Any]:
@@ -93,11 +147,15 @@ class RunRecord:
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> RunRecord:
         """Inverse of `to_dict`. Raises KeyError or TypeError for anything else."""
-        for name in ("timing", "provenance", "training"):
+        for name in ("timing", "provenance", "training", "asked"):
             if not isinstance(raw.get(name, {}), dict):
                 raise TypeError(f"{name} is no object")
-        scores = [Score(**score) for score in raw["scores"]]
-        return cls(**{**raw, "scores": scores})
+        read = {
+            "scores": [Score(**score) for score in raw["scores"]],
+            "values": [Values(**one) for one in raw.get("values", [])],
+            "samples": [Sample(**one) for one in raw.get("samples", [])],
+        }
+        return cls(**{**raw, **read})
 
     def save(self, directory: Path) -> Path:
         """Write ``record.json`` under ``directory``, atomically."""
@@ -111,11 +169,11 @@ class RunRecord:
         path = directory / RECORD_NAME if directory.is_dir() else directory
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
-            if raw["schema_version"] != SCHEMA_VERSION:
+            if raw["schema_version"] not in READABLE:
                 raise DataError(
                     what=f"{path} was written by another version of expunge",
                     got=f"schema_version {raw['schema_version']}",
-                    allowed=f"schema_version {SCHEMA_VERSION}",
+                    allowed=f"schema_version {' or '.join(map(str, READABLE))}",
                     fix="run again, or install the version named in its provenance",
                 )
             return cls.from_dict(raw)

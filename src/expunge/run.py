@@ -23,14 +23,15 @@ from expunge.folder import (
     unclaiming,
 )
 from expunge.learning import method_of
-from expunge.measuring import Artefact
+from expunge.measuring import Artefact, Measurements
 from expunge.model.memory import peak_bytes
 from expunge.model.patch import Patch
 from expunge.probes.probe import save_probes
 from expunge.progress import Progress, Silent, timed
 from expunge.published import published
 from expunge.recipe import Recipe
-from expunge.records import RECORD_NAME, RunRecord, Score
+from expunge.records import RECORD_NAME, RunRecord
+from expunge.training.log import curve, read_losses
 from expunge.training.loop import Stage
 from expunge.workbench import Workbench
 
@@ -118,7 +119,7 @@ def run(
     patch = _trained(recipe, out, bench)
     if own:
         bench.release_training()
-    record = measured(recipe, patch, bench, reads)
+    record = measured(recipe, patch, bench, reads, out)
     record.save(out)
     (out / STATE_NAME).unlink(missing_ok=True)
     return record
@@ -144,11 +145,12 @@ def _trained(recipe: Recipe, out: Path, bench: Workbench) -> Artefact:
 
 
 def measured(
-    recipe: Recipe, patch: Artefact, bench: Workbench, reads: Mapping[str, int]
+    recipe: Recipe, patch: Artefact, bench: Workbench, reads: Mapping[str, int], out: Path
 ) -> RunRecord:
     """The run's record, with scores if the recipe asks for them.
 
     Args:
+        out: folder of the run, for the curves of its log.
         reads: how often each split was read before, training included; empty for a patch that was
             not measured yet.
     """
@@ -156,10 +158,10 @@ def measured(
     # The file's time is the whole run's, an interrupted part included only where it was saved.
     timing = {"evaluate": 0.0, **training["timing"]}
     reads = dict(reads) or {"validation": _looks(training), "test": 0}
-    scores: list[Score] = []
+    found = Measurements()
     if recipe.evaluate:
         with timed(timing, "evaluate"):
-            scores = bench.evaluate(patch, oracle=recipe.oracle, split=recipe.measure_on)
+            found = bench.measure(patch, oracle=recipe.oracle, split=recipe.measure_on)
         reads[recipe.measure_on] = reads.get(recipe.measure_on, 0) + 1
     facts = {key: value for key, value in training.items() if key not in ("timing", "data")}
     return RunRecord(
@@ -169,8 +171,8 @@ def measured(
         timing=timing,
         peak_memory_bytes=peak_bytes(),
         provenance=bench.provenance(recipe, patch),
-        scores=scores,
-        training={**facts, "split_reads": reads},
+        training={**facts, "split_reads": reads, "curve": curve(read_losses(out / LOSSES_NAME))},
+        **vars(found),
     )
 
 

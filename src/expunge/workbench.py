@@ -24,7 +24,7 @@ from expunge.files import local_path
 from expunge.functions import FUNCTIONS
 from expunge.functions.base import DataSettings, FunctionData
 from expunge.learning import Learning, method_of, reads_outputs
-from expunge.measuring import Artefact, Measuring
+from expunge.measuring import Artefact, Measurements, Measuring
 from expunge.metalearning.calibration import CALIBRATION_NAME, Calibration, calibrate
 from expunge.metalearning.exploring import explore
 from expunge.metalearning.looking import guard
@@ -246,11 +246,17 @@ class Workbench:
         """Drop the truncated base and its boundaries, to make room for the whole model."""
         self.learning.release()
 
+    def measure(
+        self, patch: Artefact | None, *, oracle: str | None = None, split: Split = "test"
+    ) -> Measurements:
+        """All that is measured of base, patched and oracle; the base's is taken once."""
+        return self.measuring.measure(patch, oracle=oracle, split=split)
+
     def evaluate(
         self, patch: Artefact | None, *, oracle: str | None = None, split: Split = "test"
     ) -> list[Score]:
-        """Scores of base, patched and oracle, in this order; the base's are taken once."""
-        return self.measuring.scores(patch, oracle=oracle, split=split)
+        """The scores alone of base, patched and oracle, in this order."""
+        return self.measure(patch, oracle=oracle, split=split).scores
 
     def context(self, recipe: Recipe, folder: Path | None = None) -> str:
         """Fingerprint of all that the trained weights depend on: settings, data, base weights."""

@@ -26,6 +26,8 @@ class Examples:
         higher_is: whether a higher value is ``better`` or ``worse`` for the purpose of the run.
         chance: what guessing reaches, where that is known.
         skipped: examples that could not be scored; they are missing, not zero.
+        places: where each value's example stands among all that were given; empty: one after the
+            other.
         reason: why some, or all, are missing.
         scorer: what judged the texts, for values that rest on a judgement.
         prompts: the set of prompts that was continued, for values of continuations.
@@ -41,6 +43,7 @@ class Examples:
     reason: str | None = None
     scorer: str | None = None
     prompts: str | None = None
+    places: tuple[int, ...] = ()
 
     @property
     def key(self) -> str:
@@ -64,7 +67,8 @@ def collect(
     ``reason`` is kept only when something is missing.
     """
     given = list(pairs)
-    kept = [pair for pair in given if pair is not None and math.isfinite(pair[0])]
+    places = [at for at, pair in enumerate(given) if pair is not None and math.isfinite(pair[0])]
+    kept = [pair for pair in (given[at] for at in places) if pair is not None]
     skipped = len(given) - len(kept)
     return Examples(
         name=name,
@@ -77,6 +81,7 @@ def collect(
         reason=f"{skipped} of {len(given)} skipped: {reason}" if skipped else None,
         scorer=scorer,
         prompts=prompts,
+        places=tuple(places) if skipped else (),
     )
 
 

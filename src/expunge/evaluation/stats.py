@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy.special import ndtr, ndtri, stdtrit
 
 from expunge.evaluation.examples import Examples
-from expunge.records import ModelRole, Score, Split
+from expunge.records import ModelRole, Score, Split, Values
 
 DRAWS = 2000
 BLOCK = 1 << 20  # resampled indices held at once: 8 MB
@@ -77,6 +77,25 @@ def to_score(examples: Examples, *, model: ModelRole, split: Split) -> Score:
         unit=examples.unit,
         chance=examples.chance,
         reason=reason if value is None else None,
+        scorer=examples.scorer,
+        prompts=examples.prompts,
+    )
+
+
+def to_values(examples: Examples, *, model: ModelRole, split: Split) -> Values:
+    """The values as a record keeps them, with None where an example was not scored."""
+    places = examples.places or tuple(range(len(examples.values)))
+    values: list[float | None] = [None] * (len(examples.values) + examples.skipped)
+    weights = [0.0] * len(values)
+    for place, value, weight in zip(places, examples.values, examples.weights, strict=True):
+        values[place], weights[place] = float(f"{value:.6g}"), float(weight)
+    return Values(
+        name=examples.name,
+        model=model,
+        split=split,
+        values=values,
+        weights=None if set(examples.weights) <= {1.0} else weights,
+        unit=examples.unit,
         scorer=examples.scorer,
         prompts=examples.prompts,
     )

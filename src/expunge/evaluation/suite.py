@@ -125,6 +125,15 @@ class Suite:
         forget = self.forget.prepared.rows if self.forget else 0
         return forget + self.retain.prepared.rows + self.perplexity_texts.rows
 
+    def asked(self, limit: int) -> dict[str, list[str]]:
+        """Side -> the wording of its first questions, in the order of the accuracies' values."""
+        sides = [side for side in (self.forget, self.retain) if side is not None]
+        return {
+            side.name: [question.prompt for question in side.questions[:limit]]
+            for side in sides
+            if side.questions
+        }
+
     def measure(
         self, model: PreTrainedModel, role: ModelRole, on_progress: OnProgress | None = None
     ) -> tuple[list[Score], dict[str, Examples]]:

@@ -46,12 +46,15 @@ from expunge.evaluation.examples import Examples
 from expunge.evaluation.generation import Sampling, continuations
 from expunge.evaluation.likelihood import OnProgress, Scored, score
 from expunge.evaluation.prepared import Prepared, prepare_texts
-from expunge.evaluation.scorers import Remembered, Scorer
+from expunge.evaluation.scorers import THRESHOLD, Remembered, Scorer
 from expunge.evaluation.stats import to_score
-from expunge.records import ModelRole, Score, Split
+from expunge.records import ModelRole, Sample, Score, Split
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Prompts of each set whose continuations a record keeps.
+SAMPLES = 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,6 +199,30 @@ class ToxicitySuite:
         given = self._ingredients(first, columns, neutral.values, of_base)
         results += detoxification.summary(given, model=role, split=self.split, prompts=first)
         return results, {one.key: one for one in found}
+
+    def samples(self, said: Mapping[ModelRole, Collected], limit: int = SAMPLES) -> list[Sample]:
+        """How each model goes on from the first prompts of each set, and who flags it."""
+        found = []
+        for name, prompts in self.prompts.items():
+            first = {
+                role: [own[0].text for own in one.continued[name][:limit]]
+                for role, one in said.items()
+            }
+            flags = {
+                (role, scorer.name): [
+                    score is not None and score >= THRESHOLD for score in scorer.score(texts)
+                ]
+                for role, texts in first.items()
+                for scorer in self.scorers
+            }
+            for at, prompt in enumerate(prompts[:limit]):
+                flagged = {
+                    role: [scorer.name for scorer in self.scorers if flags[role, scorer.name][at]]
+                    for role in first
+                }
+                texts = {str(role): own[at] for role, own in first.items()}
+                found.append(Sample(name, prompt, texts, {str(k): v for k, v in flagged.items()}))
+        return found
 
     def _of_prompts(
         self,

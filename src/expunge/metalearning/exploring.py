@@ -322,6 +322,8 @@ def _facts(episodes: Episodes, played: list[Episode], entries: list[Entry]) -> d
         "policy": episodes.policy.to_dict(),
         "hypervolume": hypervolume([entry.point for entry in entries], recipe.retain_floor),
         "chosen": chosen_facts(entries),
+        "front": [list(entry.point) for entry in entries],
+        "rewards": [one.reward for one in played],
         "seconds": sum(one.seconds for one in played),
     }
 

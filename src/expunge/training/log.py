@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from expunge.files import disk_errors, write_text
 
@@ -45,6 +46,28 @@ def read_losses(path: Path) -> list[StepLog]:
         except (json.JSONDecodeError, TypeError, AttributeError):
             break
     return log
+
+
+def curve(log: Sequence[StepLog], most: int = 100) -> dict[str, Any]:
+    """What is worth drawing of a run, a list for each quantity: at most ``most`` steps, evenly.
+
+    ``points`` holds all looks: steps done, forget, retain.
+    """
+    taken = sorted({len(log) - 1 - at * len(log) // most for at in range(min(most, len(log)))})
+    some = [log[at] for at in taken]
+    names = ("step", "loss", "forget", "retain", "gradient_norm")
+    drawn: dict[str, Any] = {name: [_short(getattr(e, name)) for e in some] for name in names}
+    for group in ("logs", "knobs"):
+        keys = dict.fromkeys(key for entry in some for key in getattr(entry, group))
+        drawn[group] = {
+            key: [_short(getattr(entry, group).get(key)) for entry in some] for key in keys
+        }
+    drawn["points"] = [[e.step + 1, *map(_short, e.point)] for e in log if e.point is not None]
+    return drawn
+
+
+def _short(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.5g}")
 
 
 def _line(entry: StepLog) -> str:
