@@ -43,7 +43,7 @@ Settings = Annotated[
         help="Any setting of the recipe; repeat for several. a.b=v reaches into a.",
     ),
 ]
-EPISODES_HELP = "Training episodes of a learned trade-off; default: 30."
+EPISODES_HELP = "Episodes of a learned trade-off, or whole runs of a search; default: 30."
 Fresh = Annotated[bool, typer.Option("--fresh", help="Discard what the folder holds of a run.")]
 
 
@@ -127,7 +127,7 @@ def run(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="How forgetting and keeping are weighed: fixed, schedule or learned; "
+            help="How forgetting and keeping are weighed: fixed, schedule, learned or search; "
             "default: fixed.",
         ),
     ] = None,
@@ -234,15 +234,13 @@ def demo(
 
 @app.command()
 def pick(
-    run: Annotated[
-        Path, typer.Argument(metavar="RUN", help="Folder of a run with a learned trade-off.")
-    ],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run that left a front.")],
     point: Annotated[
         int, typer.Option(metavar="N", help="Number on the front; `expunge show RUN` lists them.")
     ],
     as_json: Json = False,
 ) -> None:
-    """Take another point of a learned run's front, and measure it.
+    """Take another point of a run's front, and measure it.
 
     The point's patch becomes the run's; the record tells of it, and counts
     every reading of the test split.

@@ -36,7 +36,7 @@ from expunge.recipe import Recipe
 from expunge.registry import Entry, nearest, settings_of
 from expunge.steering import directions_for, probed_layers
 from expunge.training.loop import Stage, Trainer, TrainingResult, TrainingSettings
-from expunge.training.tradeoff import Tradeoff, rule
+from expunge.training.tradeoff import EXPLORING, Tradeoff, rule
 from expunge.training.watch import Watch
 
 
@@ -101,7 +101,7 @@ class Learning:
         self._cuts: dict[tuple[Any, ...], Cut] = {}
         self._tokens: dict[int, Tokens] = {}
         self._probes: dict[tuple[Any, ...], tuple[Probe, ...]] = {}
-        self._micro_batch_size = 0
+        self.micro_batch_size = 0
         self._told: dict[str, float] = {}
 
     def train(
@@ -149,7 +149,7 @@ class Learning:
             "lr": self.usual(recipe)["lr"],
             "steps": steps or recipe.steps,
             "target": entry.extras["target"] if recipe.target == "auto" else recipe.target,
-            "micro_batch_size": micro or self._micro_batch_size,
+            "micro_batch_size": micro or self.micro_batch_size,
         }
         names = TrainingSettings.__dataclass_fields__
         return Trainer(
@@ -171,7 +171,7 @@ class Learning:
         if result.micro_batch_size and result.micro_batch_size != recipe.micro_batch_size:
             self.progress.say(f"texts computed at once: {result.micro_batch_size} (memory)")
         # Found by trying; later runs on this bench start from it.
-        self._micro_batch_size = result.micro_batch_size
+        self.micro_batch_size = result.micro_batch_size
         usual, log = self.usual(recipe), result.log
         facts = {
             "data": self.data_hashes,
@@ -385,7 +385,7 @@ class Learning:
 
 def reads_outputs(recipe: Recipe) -> bool:
     """Whether looks read what the whole model says, which needs all layers and the head."""
-    return recipe.tradeoff == "learned" and recipe.reward != "representation"
+    return recipe.tradeoff in EXPLORING and recipe.reward != "representation"
 
 
 def _depth(captured: tuple[int, ...]) -> int | None:

@@ -1,4 +1,4 @@
-"""Another point of a learned run's front becomes the run's patch, and is measured."""
+"""Another point of an exploring run's front becomes the run's patch, and is measured."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 from expunge.errors import PatchError, RecipeError
 from expunge.folder import (
+    LOSSES_NAME,
     PATCH_NAME,
     RECIPE_NAME,
     check_same_data,
@@ -28,6 +29,7 @@ from expunge.progress import Progress, Silent
 from expunge.recipe import Recipe
 from expunge.records import RunRecord
 from expunge.run import measured
+from expunge.training.log import read_losses, write_losses
 from expunge.workbench import Workbench
 
 
@@ -95,6 +97,9 @@ def pick(out: Path, point: int, *, progress: Progress | None = None) -> Picked:
     training = present.metadata["training"] | {"tradeoff": {**known, "chosen": facts}}
     metadata = {**present.metadata, "training": training}
     patch = replace(present, deltas=taken.deltas, base=taken.base, metadata=metadata)
+    log = read_losses(out / FRONT_FOLDER / front[point - 1].losses_file)
+    if log:  # of a search, whose trials are whole runs
+        write_losses(out / LOSSES_NAME, log)
     record = measured(recipe, patch, bench, record.training.get("split_reads", {}), out)
     clear_leftovers(out)
     save_front(out, front)

@@ -23,7 +23,7 @@ from expunge.probes.probe import Pooling, ProbeKind
 from expunge.registry import nearest
 from expunge.training.loop import LrSchedule
 from expunge.training.seen import FirstToken
-from expunge.training.tradeoff import TradeoffKind
+from expunge.training.tradeoff import EXPLORING, TradeoffKind
 
 Auto = Literal["auto"]
 # An empty name, as of an unset shell variable, would mean the working directory.
@@ -106,9 +106,12 @@ class Recipe(BaseModel):
         None, ge=0, description="weight of the retain term; default: the objective's"
     )
     tradeoff: TradeoffKind = Field(
-        "fixed", description="how forget and retain are weighed: fixed, schedule, or learned"
+        "fixed",
+        description="how the terms are weighed: fixed, schedule, learned, or search",
     )
-    episodes: int = Field(30, ge=1, description="training episodes of a learned trade-off")
+    episodes: int = Field(
+        30, ge=1, description="episodes of a learned trade-off, whole runs of a search"
+    )
     episode_steps: Annotated[int, Field(ge=1)] | Auto = Field(
         "auto", description="optimiser steps of an episode; auto: a fifth of steps, or two actions"
     )
@@ -331,12 +334,12 @@ def merge_overrides(base: Mapping[str, Any], overrides: list[str]) -> dict[str, 
 
 
 def check_episodes(episodes: int | None, tradeoff: str) -> None:
-    """Raise RecipeError for episodes that were asked for where nothing would be learned."""
-    if episodes is not None and tradeoff != "learned":
+    """Raise RecipeError for episodes that were asked for where none would be played."""
+    if episodes is not None and tradeoff not in EXPLORING:
         raise RecipeError(
-            what="There are no episodes without a learned trade-off",
+            what="There are no episodes without a trade-off that is learned or searched",
             got=f"--episodes {episodes}, --tradeoff {tradeoff}",
-            allowed="--episodes together with --tradeoff learned",
+            allowed="--episodes together with --tradeoff learned or search",
             fix="add --tradeoff learned, or leave --episodes out",
         )
 

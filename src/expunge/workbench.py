@@ -38,6 +38,7 @@ from expunge.records import Score, Split
 from expunge.registry import settings_of
 from expunge.steering import check_layers
 from expunge.training.loop import Stage, TrainingResult
+from expunge.training.tradeoff import EXPLORING
 
 
 @dataclass
@@ -184,7 +185,7 @@ class Workbench:
         if method_of(recipe).kind == "edit":
             return make_edit(self.learning, recipe), None
         recipe, facts = self.settled(recipe, folder)
-        if recipe.tradeoff != "learned":
+        if recipe.tradeoff not in EXPLORING:
             watch = guard(self.learning, recipe)
             patch, result = self.learning.train(recipe, stage, watch)
         elif folder is not None:

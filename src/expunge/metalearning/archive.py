@@ -1,4 +1,4 @@
-"""The archive of a learned trade-off: patches of the points that no other dominates.
+"""The archive of a trade-off that explored: patches of the points that no other dominates.
 
 Patches lie in ``front/`` of the run's folder, named after the episode and the step they are from.
 What is kept follows from the points alone, in their order, so that an archive can be rebuilt from
@@ -25,7 +25,7 @@ from expunge.training.watch import Point
 FRONT_FOLDER = "front"
 FRONT_NAME = "front.json"
 # Names of patches in the folder, and of what a killed process leaves beside them, with its number.
-FRONT_FILE = re.compile(r"episode\d{3,}-step\d{4,}\.safetensors")
+FRONT_FILE = re.compile(r"episode\d{3,}(?:-step\d{4,}\.safetensors|\.losses\.jsonl)")
 FRONT_LEFTOVER = re.compile(rf"\.{FRONT_FILE.pattern}\.(\d+)\.tmp")
 
 
@@ -50,6 +50,11 @@ class Entry:
         """Name of its patch."""
         return f"episode{self.episode:03}-step{self.step:04}.safetensors"
 
+    @property
+    def losses_file(self) -> str:
+        """Name of its episode's log, which only whole runs of a search leave."""
+        return losses_file(self.episode)
+
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""
         return {
@@ -67,6 +72,11 @@ class Entry:
         """Inverse of `to_dict`."""
         point = Point(raw["forget"], raw["retain"])
         return cls(raw["episode"], raw["step"], point, raw["worth"], raw["chosen"])
+
+
+def losses_file(episode: int) -> str:
+    """Name of an episode's log."""
+    return f"episode{episode:03}.losses.jsonl"
 
 
 @dataclass
@@ -110,11 +120,11 @@ class Archive:
         return max(self.entries, key=lambda entry: (entry.worth, entry.point.worth(0.0)))
 
     def prune(self) -> None:
-        """Remove the patches of points that went; once it is written down that they did."""
+        """Remove the files of points that went; once it is written down that they did."""
         folder = self.folder / FRONT_FOLDER
-        wanted = {entry.file for entry in self.entries}
+        wanted = {name for one in self.entries for name in (one.file, one.losses_file)}
         with disk_errors(folder):
-            for path in folder.glob("*.safetensors"):
+            for path in folder.glob("episode*"):
                 # A user's own file is none of this archive's.
                 if FRONT_FILE.fullmatch(path.name) and path.name not in wanted:
                     path.unlink()

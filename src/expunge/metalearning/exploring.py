@@ -1,8 +1,9 @@
 """Meta-learning of the trade-off: episodes of training teach a policy, a last run uses it.
 
-Every episode starts from the base's own weights, on the boundaries that all runs share, and is
-looked at on validation after each action. The archive keeps the patches of the points that no
-other dominates. The test split is not read here.
+A search plays episodes too, each a run of full length that holds its knobs, and no last run. Every
+episode starts from the base's own weights, on the boundaries that all runs share, and is looked at
+on validation after each action. The archive keeps the patches of the points that no other
+dominates. The test split is not read here.
 """
 
 from __future__ import annotations
@@ -21,12 +22,22 @@ from expunge.errors import DivergedError, TrainingError
 from expunge.evaluation.looks import LookKind, OutputLook
 from expunge.evaluation.pareto import hypervolume
 from expunge.learning import Learning, objective_of, reads_outputs
-from expunge.metalearning.archive import Archive, Entry, chosen, chosen_facts, save_front
+from expunge.metalearning.archive import (
+    FRONT_FOLDER,
+    Archive,
+    Entry,
+    chosen,
+    chosen_facts,
+    losses_file,
+    save_front,
+)
 from expunge.metalearning.episodes import EPISODES_NAME, Episode, EpisodeLog
 from expunge.metalearning.looking import Look, look_at
+from expunge.metalearning.searching import trial
 from expunge.model.patch import Patch
 from expunge.recipe import Recipe
 from expunge.training.checks import is_finite
+from expunge.training.log import read_losses, write_losses
 from expunge.training.loop import Stage, TrainingResult
 from expunge.training.policy import Explorer, Policy, PolicySettings, features
 from expunge.training.tradeoff import (
@@ -88,9 +99,16 @@ class Episodes:
         return scales_of(objective_of(self.recipe).extras["knobs"], self.usual)
 
     @property
+    def searches(self) -> bool:
+        """Whether knobs are tried at random, with nothing to be learned."""
+        return self.recipe.tradeoff == "search"
+
+    @property
     def steps(self) -> int:
-        """Inner steps of an episode."""
+        """Inner steps of an episode; a search tries whole runs."""
         given, recipe = self.recipe.episode_steps, self.recipe
+        if self.searches:
+            return recipe.steps
         if isinstance(given, int):
             return given
         return default_episode_steps(recipe.steps, recipe.action_every)
@@ -153,6 +171,8 @@ class Episodes:
     def learn(self, episode: Episode) -> None:
         """Update the policy by what an episode showed, and all before it."""
         self.played.append(episode)
+        if self.searches:
+            return
         self.policy = self.policy.updated([one.trajectory for one in self.played])
 
     def note(self) -> str:
@@ -167,8 +187,10 @@ class Episodes:
             f"best: forget {best.forget:.2f}, retain {best.retain:.2f}"
         )
 
-    def explorer(self, number: int) -> Explorer:
-        """The actor of an episode. The first keeps to the usual values, as a yardstick."""
+    def actor(self, number: int) -> Actor:
+        """That of an episode. The first keeps to the usual values, as a yardstick."""
+        if self.searches:
+            return trial(self.scales, self.recipe.seed, number)
         generator = np.random.default_rng([self.recipe.seed, number])
         return Explorer(self.policy, generator, quiet=number == 0)
 
@@ -230,14 +252,19 @@ def explore(
     archive = Archive(folder, recipe.front_size, recipe.retain_floor, make_patch)
     episodes = Episodes(learning, recipe, archive)
     log = EpisodeLog(folder / EPISODES_NAME, stage.context)
-    _play_all(episodes, log)
-    last, result = _play_last(episodes, stage)
-    log.write([*episodes.played, last])
+    _play_all(episodes, log, archive)
+    played = list(episodes.played)
+    if not episodes.searches:
+        last, result = _play_last(episodes, stage)
+        played.append(last)
+        log.write(played)
     archive.prune()
     best = _best(episodes, archive)
+    if episodes.searches:
+        losses = folder / FRONT_FOLDER / best.losses_file
+        result = _of_trial(losses, stage, learning.micro_batch_size)
     entries = chosen(archive.entries, archive.entries.index(best))
     save_front(folder, entries)
-    played = [*episodes.played, last]
     looks = sum(len(one.points) for one in played) + len(entries)
     spent = sum(one.seconds for one in episodes.played)
     learning.timing["episodes"] = learning.timing.get("episodes", 0.0) + spent
@@ -247,7 +274,15 @@ def explore(
     return replace(found, deltas=taken.deltas, base=taken.base), result
 
 
-def _play_all(episodes: Episodes, log: EpisodeLog) -> None:
+def _of_trial(losses: Path, stage: Stage, micro_batch_size: int) -> TrainingResult:
+    """What the trial behind the chosen point logged becomes the run's own log."""
+    found = read_losses(losses)
+    if stage.losses is not None:
+        write_losses(stage.losses, found)
+    return TrainingResult({}, tuple(found), micro_batch_size)
+
+
+def _play_all(episodes: Episodes, log: EpisodeLog, archive: Archive) -> None:
     """All episodes, after those that the log holds; it is written after each."""
     recipe = episodes.recipe
     _ = episodes.look
@@ -257,11 +292,12 @@ def _play_all(episodes: Episodes, log: EpisodeLog) -> None:
         advance(len(episodes.played), episodes.note())
         while len(episodes.played) < recipe.episodes:
             number = len(episodes.played)
-            episode, _ = episodes.play(episodes.explorer(number), number)
+            episode, result = episodes.play(episodes.actor(number), number)
             episodes.learn(episode)
+            if episodes.searches and result.log:
+                write_losses(archive.folder / FRONT_FOLDER / losses_file(number), result.log)
             log.write(episodes.played)
-            if episodes.archive is not None:
-                episodes.archive.prune()
+            archive.prune()
             advance(1, episodes.note())
 
 
@@ -286,7 +322,7 @@ def _best(episodes: Episodes, archive: Archive) -> Entry:
     recipe, progress = episodes.recipe, episodes.learning.progress
     if not archive.entries:
         raise TrainingError(
-            what="No episode of the learned trade-off got as far as a look at validation",
+            what=f"No episode ({recipe.tradeoff}) got as far as a look at validation",
             got=f"{recipe.episodes} episodes, all of which diverged",
             allowed="at least one that trains",
             fix="lower lr, or look at the data",
@@ -295,7 +331,7 @@ def _best(episodes: Episodes, archive: Archive) -> Entry:
     best = archive.best
     if best.point.retain < recipe.collapse_floor:
         raise DivergedError(
-            what="Every state that the learned trade-off found has lost what is to be kept",
+            what=f"Every state that was found ({recipe.tradeoff}) has lost what is to be kept",
             got=f"retain {best.point.retain:.2f} of the base's at best",
             allowed=f"at least {recipe.collapse_floor:g}",
             fix="lower lr or raise retain_weight: knobs are tried around them",
@@ -309,17 +345,18 @@ def _best(episodes: Episodes, archive: Archive) -> Entry:
 
 
 def _facts(episodes: Episodes, played: list[Episode], entries: list[Entry]) -> dict[str, Any]:
-    """What a record tells of a learned trade-off."""
+    """What a record tells of a trade-off that explored."""
     recipe = episodes.recipe
+    policy = {} if episodes.searches else {"policy": episodes.policy.to_dict()}
     return {
-        "kind": "learned",
+        "kind": recipe.tradeoff,
         "episodes": recipe.episodes,
         "episode_steps": episodes.steps,
         "inner_steps": sum(one.steps for one in played),
         "reward": episodes.kind,
         "looked_at": {"base": episodes.base, "floor": recipe.retain_floor},
         "knobs": {scale.knob.name: scale.to_dict() for scale in episodes.scales},
-        "policy": episodes.policy.to_dict(),
+        **policy,
         "hypervolume": hypervolume([entry.point for entry in entries], recipe.retain_floor),
         "chosen": chosen_facts(entries),
         "front": [list(entry.point) for entry in entries],

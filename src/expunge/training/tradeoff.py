@@ -2,7 +2,8 @@
 goes on.
 
 ``fixed`` holds the weights, ``schedule`` shifts them linearly from forgetting to retaining,
-``learned`` lets a policy set the knobs from what validation says on the way.
+``learned`` lets a policy set the knobs from what validation says on the way, ``search`` tries
+knobs at random, each for a whole run.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from numpy.typing import NDArray
 from expunge.objectives.base import Knob
 from expunge.training.watch import Point
 
-TradeoffKind = Literal["fixed", "schedule", "learned"]
+TradeoffKind = Literal["fixed", "schedule", "learned", "search"]
+# Kinds that play episodes, keep a front, and take a point of it.
+EXPLORING: tuple[TradeoffKind, ...] = ("learned", "search")
 
 START = Point(0.0, 1.0)
 # Knobs that every objective has, as multiples of what a run without learning would use.
@@ -83,7 +86,7 @@ class Schedule:
 
 
 def rule(kind: TradeoffKind, retain_weight: float) -> Tradeoff:
-    """A rule without learning; ``learned`` has none of its own and counts as ``fixed``."""
+    """A rule for a single run; those that explore have none and count as ``fixed``."""
     return Schedule(retain_weight) if kind == "schedule" else Fixed(retain_weight)
 
 
