@@ -16,7 +16,7 @@ import torch
 
 from expunge import provenance
 from expunge.defaults import fitting_tokens, resolve_device
-from expunge.editing import make_edit
+from expunge.editing import make_edit, search_edit
 from expunge.errors import DataError, RecipeError, ResourceError
 from expunge.evaluation.generation import Sampling, check_prompts
 from expunge.evaluation.scorers import Scorer, build_scorers
@@ -137,11 +137,12 @@ class Workbench:
             raise ValueError("this bench was made for another model or other data")
         method = method_of(recipe)
         settings_of(method, recipe.objective_settings)
-        if method.kind == "edit" and recipe.tradeoff != "fixed":
+        searched = recipe.tradeoff == "search" and method.extras.get("choices")
+        if method.kind == "edit" and recipe.tradeoff != "fixed" and not searched:
             raise RecipeError(
                 what=f"{method.name} trains nothing, so there is no trade-off to set",
                 got=f"tradeoff {recipe.tradeoff}",
-                allowed="fixed, the default, for an edit",
+                allowed="fixed, the default, for an edit; search, for one with choices to try",
                 fix="leave --tradeoff out, or choose an objective; `expunge ls` lists them",
             )
         needs = method.extras.get("needs")
@@ -183,7 +184,8 @@ class Workbench:
             folder: where a learned trade-off keeps its episodes and its front.
         """
         if method_of(recipe).kind == "edit":
-            return make_edit(self.learning, recipe), None
+            make = search_edit if recipe.tradeoff == "search" else make_edit
+            return make(self.learning, recipe), None
         recipe, facts = self.settled(recipe, folder)
         if recipe.tradeoff not in EXPLORING:
             watch = guard(self.learning, recipe)

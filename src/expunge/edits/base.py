@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 from safetensors import SafetensorError
@@ -108,6 +109,7 @@ def edit(
     deviations: str,
     intervention: type[Intervention] | None = None,
     needs_words: bool = False,
+    choices: Mapping[str, Sequence[Any]] = MappingProxyType({}),
 ) -> Callable[[Edit], Edit]:
     """Register ``f(given: EditInputs, *, settings…) -> Weights | Intervention``.
 
@@ -120,6 +122,7 @@ def edit(
         deviations: how this differs from the source; say "reconstruction" where it is one.
         intervention: the class of what it returns; None: it returns weights.
         needs_words: whether it uses ``given.words``, which are learned only then.
+        choices: setting -> the values that a search tries, in all combinations.
     """
     return EDITS.register(
         name,
@@ -127,6 +130,7 @@ def edit(
         deviations=deviations,
         intervention=intervention,
         needs_words=needs_words,
+        choices=choices,
     )
 
 

@@ -26,6 +26,7 @@ from expunge.probes.stream import stream
     "vector of the neutral ones; the upper half of the layers instead of a range for each model; "
     "pairs are taken evenly instead of at random; where a norm follows the projection (Gemma, "
     "OLMo 2) its gain is allowed for, so that the subspace leaves the residual stream",
+    choices={"rank": (1, 2, 4, 8, 16, 32), "first_layer": (-1, 0)},
 )
 @torch.no_grad()
 def profs(given: EditInputs, *, rank: int = 2, first_layer: int = -1, pairs: int = 500) -> Weights:

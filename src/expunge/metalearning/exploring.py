@@ -32,7 +32,7 @@ from expunge.metalearning.archive import (
     save_front,
 )
 from expunge.metalearning.episodes import EPISODES_NAME, Episode, EpisodeLog
-from expunge.metalearning.looking import Look, look_at
+from expunge.metalearning.looking import Look, kind_of, look_at
 from expunge.metalearning.searching import trial
 from expunge.model.patch import Patch
 from expunge.recipe import Recipe
@@ -72,10 +72,7 @@ class Episodes:
     @property
     def kind(self) -> LookKind:
         """What looks measure."""
-        if self.recipe.reward != "auto":
-            return self.recipe.reward
-        asked = self.learning.data.measured["validation"].forget_questions
-        return "accuracy" if asked else "likelihood"
+        return kind_of(self.learning, self.recipe)
 
     @cached_property
     def look(self) -> Look:

@@ -20,6 +20,14 @@ from expunge.training.watch import Watch
 Look = OutputLook | RepresentationLook
 
 
+def kind_of(learning: Learning, recipe: Recipe) -> LookKind:
+    """What looks measure where the recipe leaves it open."""
+    if recipe.reward != "auto":
+        return recipe.reward
+    asked = learning.data.measured["validation"].forget_questions
+    return "accuracy" if asked else "likelihood"
+
+
 def look_at(
     learning: Learning,
     recipe: Recipe,
