@@ -357,9 +357,14 @@ def _facts(episodes: Episodes, played: list[Episode], entries: list[Entry]) -> d
         "hypervolume": hypervolume([entry.point for entry in entries], recipe.retain_floor),
         "chosen": chosen_facts(entries),
         "front": [list(entry.point) for entry in entries],
-        "rewards": [one.reward for one in played],
+        "tried": [{"knobs": _first(one.knobs), "reward": one.reward} for one in played],
         "seconds": sum(one.seconds for one in played),
     }
+
+
+def _first(knobs: Sequence[dict[str, float]]) -> dict[str, float]:
+    """What an episode began with; a search keeps to it."""
+    return knobs[0] if knobs else {}
 
 
 def closer(learning: Learning, recipe: Recipe, archive: Archive, kind: LookKind) -> list[Entry]:

@@ -1,0 +1,159 @@
+"""`expunge compare`: runs what a comparison plans, and computes what it says.
+
+Rounds of jobs, each resumable by itself: the searches behind the settings; the runs of all seeds
+with what rests on their patches, random controls and two functions at once; then the statistics.
+A run whose training diverged leaves a record that says so, and counts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from expunge.comparison import Comparison, Place
+from expunge.errors import DataError, DivergedError, ExpungeError
+from expunge.files import write_json
+from expunge.jobs import AnyJob, Job, JointJob, SequenceJob, run_jobs
+from expunge.matrix import CONTROL, LEARNED, ComparisonPlan, settled
+from expunge.progress import Progress, Silent
+from expunge.recipe import Recipe
+from expunge.records import RECORD_NAME, RunRecord
+
+COMPARISON_NAME = "comparison.json"
+DIVERGED = "diverged"
+
+Key = tuple[str, str]
+"""(function, method)"""
+
+
+@dataclass
+class Comparing:
+    """One comparison in its folder: ``FUNCTION/METHOD/choice``, ``FUNCTION/METHOD/seedN``."""
+
+    plan: ComparisonPlan
+    out: Path
+    workers: int | None = None
+    progress: Progress = field(default_factory=Silent)
+    fresh: bool = False
+    ray: bool = False
+
+    def run(self) -> Comparison:
+        """All rounds; what was finished before is not done again."""
+        chosen = self._choose()
+        jobs = [*self._seeds(chosen), *self._controls(), *self._together(chosen)]
+        records = [*self._done(jobs), *self._unchosen(chosen)]
+        measured = [record for record in records if record.scores or _diverged(record)]
+        expected = [
+            Place(method, function, seed)
+            for function in self.plan.functions
+            for method in self.plan.methods
+            for seed in range(self.plan.seeds)
+        ]
+        found = Comparison.of(measured, own=self.plan.own, expected=expected)
+        write_json(self.out / COMPARISON_NAME, found.to_dict())
+        return found
+
+    def folder(self, function: str, method: str, name: str) -> Path:
+        """Where a run lies."""
+        return self.out / function / re.sub(r"\W+", "-", method).strip("-") / name
+
+    def _choose(self) -> dict[Key, Recipe | RunRecord]:
+        """What each cell's seeds train with, or the record of a search that found nothing."""
+        chosen: dict[Key, Recipe | RunRecord] = {}
+        jobs: dict[Key, Job] = {}
+        for function in self.plan.functions:
+            for method in self.plan.methods:
+                search = self.plan.choice(function, method)
+                if search is not None:
+                    out = self.folder(function, method, "choice")
+                    jobs[function, method] = Job(search, out, self.fresh)
+                elif method.endswith(LEARNED):
+                    chosen[function, method] = self.plan.learned(function, method)
+                elif method != CONTROL:
+                    chosen[function, method] = self.plan.recipe(function, method)
+        for key, record in zip(jobs, self._done(list(jobs.values())), strict=True):
+            own = self.plan.recipe(*key)
+            chosen[key] = record if _diverged(record) else settled(own, record.training)
+        return chosen
+
+    def _seeds(self, chosen: dict[Key, Recipe | RunRecord]) -> list[Job]:
+        return [
+            Job(recipe.updated(seed=seed), self.folder(*key, f"seed{seed}"), self.fresh)
+            for key, recipe in chosen.items()
+            if isinstance(recipe, Recipe)
+            for seed in range(self.plan.seeds)
+        ]
+
+    def _unchosen(self, chosen: dict[Key, Recipe | RunRecord]) -> list[RunRecord]:
+        """For each seed of a cell whose search found nothing, that search's record."""
+        return [
+            _told(self.plan.recipe(*key).updated(seed=seed), str(found.training[DIVERGED]))
+            for key, found in chosen.items()
+            if isinstance(found, RunRecord)
+            for seed in range(self.plan.seeds)
+        ]
+
+    def _controls(self) -> list[Job]:
+        """A random change as large as that of each function's own objective, seed by seed."""
+        if CONTROL not in self.plan.methods:
+            return []
+        return [
+            Job(
+                self.plan.recipe(function, own).updated(seed=seed),
+                self.folder(function, CONTROL, f"seed{seed}"),
+                self.fresh,
+                control_of=self.folder(function, own, f"seed{seed}"),
+            )
+            for function, own in self._own().items()
+            for seed in range(self.plan.seeds)
+        ]
+
+    def _together(self, chosen: dict[Key, Recipe | RunRecord]) -> list[AnyJob]:
+        """All functions from one model, by their own objectives, measured on each function."""
+        own = self._own()
+        recipes = [chosen[key] for key in own.items()]
+        if len(own) < 2 or not all(isinstance(one, Recipe) for one in recipes):
+            return []
+        jobs: list[AnyJob] = []
+        for seed in range(min(self.plan.interference_seeds, self.plan.seeds)):
+            seeded = [
+                one.updated(seed=seed, tradeoff="fixed") for one in recipes if isinstance(one, Recipe)
+            ]
+            parts = tuple(self.folder(*key, f"seed{seed}") for key in own.items())
+            there, back = (self._trained(name, seed) for name in ("one-after-the-other", "reversed"))
+            joint = self._trained("joint", seed)
+            jobs += [
+                JointJob(tuple(seeded), joint, self.fresh),
+                SequenceJob(tuple(seeded), there, self.fresh),
+                SequenceJob(tuple(reversed(seeded)), back, self.fresh),
+            ]
+            for name, folders in {"sum": parts, **{p.parent.name: (p,) for p in (joint, there, back)}}.items():
+                jobs += [
+                    Job(
+                        recipe,
+                        self.out / "together" / f"{name}-{recipe.function}" / f"seed{seed}",
+                        self.fresh,
+                        sum_of=folders,
+                    )
+                    for recipe in seeded
+                ]
+        return jobs
+
+    def _trained(self, name: str, seed: int) -> Path:
+        return self.out / "together" / name / f"seed{seed}"
+
+    def _own(self) -> dict[str, str]:
+        """function -> the objective made for it, for the functions that are compared."""
+        return {name: self.plan.own[name] for name in self.plan.functions if name in self.plan.own}
+
+    def _done(self, jobs: Sequence[AnyJob]) -> list[RunRecord]:
+        """The jobs' records; those that diverged say so."""
+        known = {} if self.fresh else {job.out: _known(job) for job in jobs}
+        left = [job for job in jobs if known.get(job.out) is None]
+        found = run_jobs(
+            left, workers=self.workers, progress=self.progress, rescue=_rescued, ray=self.ray
+        )
+        done = {job.out: record for job, record in zip(left, found, strict=True)}
+        return [done.get(job.out) or known[job.out] for job in jobs]  # type: ignore[misc]

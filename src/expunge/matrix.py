@@ -1,0 +1,175 @@
+"""What a comparison runs: methods × functions × seeds, as ordinary recipes.
+
+The settings of each method are chosen once for each function, on validation, by a search of as many
+whole runs for all (`ComparisonPlan.trials`), with a seed of its own. Every seed then trains with
+these, and takes its best look at validation. A learned trade-off is given the steps that the search
+took, shared out over the seeds: it has no search to rest on. An edit without training tries its own
+few choices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from expunge.demo import demo_recipe, toxicity_recipe
+from expunge.edits import EDITS
+from expunge.errors import RecipeError
+from expunge.learning import method_of
+from expunge.miniature import check_data, write_refusals
+from expunge.recipe import Recipe, read_settings
+from expunge.registry import nearest
+from expunge.training.tradeoff import default_episode_steps
+
+LEARNED = " (learned)"
+CONTROL = "random-control"
+METHODS = (
+    "cosine-rmu",
+    "cosine-rmu (learned)",
+    "rmu",
+    "adaptive-rmu",
+    "rerouting",
+    "multi-layer-probe",
+    "single-layer-probe",
+    "graddiff",
+    "npo",
+    "simnpo",
+    "dpo",
+    "profs",
+    CONTROL,
+)
+QUICK = ("cosine-rmu", "rmu", "multi-layer-probe", "npo")
+OWN = {"knowledge": "cosine-rmu", "toxicity": "multi-layer-probe"}
+# Of the search; no cell is trained with it.
+CHOICE_SEED = 1000
+
+
+class ComparisonPlan(BaseModel):
+    """A comparison. Every field has a description."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    functions: dict[str, dict[str, Any]] = Field(
+        min_length=1, description="function -> settings of a recipe: model, data, steps"
+    )
+    methods: tuple[str, ...] = Field(METHODS, min_length=1, description="what is compared")
+    own: dict[str, str] = Field(OWN, description="function -> the objective made for it")
+    settings: dict[str, dict[str, dict[str, Any]]] = Field(
+        default_factory=dict, description="method -> function -> settings that differ"
+    )
+    seeds: int = Field(5, ge=1, description="runs of each cell")
+    trials: int = Field(8, ge=1, description="whole runs behind the choice of settings")
+    interference_seeds: int = Field(3, ge=0, description="seeds of two functions at once")
+
+    @classmethod
+    def load(cls, path: Path) -> ComparisonPlan:
+        """Read a YAML file. Raises RecipeError for an unknown key or an unfit value."""
+        return cls.build(read_settings(path))
+
+    @classmethod
+    def build(cls, settings: Mapping[str, Any]) -> ComparisonPlan:
+        """Validate settings, the recipes within included. Raises RecipeError."""
+        try:
+            plan = cls.model_validate(dict(settings))
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = str(first["loc"][0]) if first["loc"] else ""
+            raise RecipeError(
+                what=f"The comparison's {key or 'settings'} cannot be used",
+                got=repr(first.get("input")),
+                allowed=str(first["msg"]),
+                fix="its keys are " + ", ".join(cls.model_fields),
+            ) from None
+        plan.check()
+        return plan
+
+    def check(self) -> None:
+        """Raise RecipeError for a method or function that is not there."""
+        for method in self.methods:
+            if method != CONTROL:
+                for function in self.functions:
+                    method_of(self.recipe(function, method))
+        for function, method in self.own.items():
+            if function in self.functions and method not in self.methods:
+                raise RecipeError(
+                    what=f"The objective made for {function} is not among the methods",
+                    got=repr(method),
+                    allowed=", ".join(self.methods),
+                    fix=nearest(method, self.methods),
+                )
+
+    def recipe(self, function: str, method: str) -> Recipe:
+        """A method's recipe for a function, before anything is chosen."""
+        name = method.removesuffix(LEARNED)
+        own = self.settings.get(method, {}).get(function, {})
+        return Recipe.build(
+            {**self.functions[function], "function": function, "objective": name, **own}
+        )
+
+    def choice(self, function: str, method: str) -> Recipe | None:
+        """The search behind a method's settings; None where nothing is searched."""
+        if method == CONTROL or method.endswith(LEARNED):
+            return None
+        recipe = self.recipe(function, method)
+        entry = method_of(recipe)
+        if entry.name in EDITS and not entry.extras["choices"]:
+            return None
+        return recipe.updated(
+            tradeoff="search", episodes=self.trials, seed=CHOICE_SEED, evaluate=False
+        )
+
+    def learned(self, function: str, method: str) -> Recipe:
+        """A learned run whose steps add up, over the seeds, to a search and its runs."""
+        recipe = self.recipe(function, method).updated(tradeoff="learned")
+        steps = recipe.episode_steps
+        if steps == "auto":
+            steps = default_episode_steps(recipe.steps, recipe.action_every)
+        shared_out = self.trials * recipe.steps / self.seeds
+        return recipe.updated(episodes=max(1, round(shared_out / steps)))
+
+
+def settled(recipe: Recipe, training: Mapping[str, Any]) -> Recipe:
+    """The recipe of a seed, with what its search chose; one whole run that is looked at.
+
+    Args:
+        training: of the search's record.
+    """
+    explored = training["tradeoff"]
+    chosen = explored["chosen"]
+    if "settings" in chosen:  # of an edit
+        own = {**recipe.objective_settings, **chosen["settings"]}
+        return recipe.updated(objective_settings=own)
+    knobs = dict(explored["tried"][chosen["episode"]]["knobs"])
+    changes = {name: knobs.pop(name) for name in ("lr", "retain_weight") if name in knobs}
+    own = {**recipe.objective_settings, **knobs}
+    return recipe.updated(tradeoff="search", episodes=1, objective_settings=own, **changes)
+
+
+def miniature_plan(data: Path, *, quick: bool = False, **changes: Any) -> ComparisonPlan:
+    """The built-in comparison; the miniature's world is written to ``data``."""
+    check_data().write(data)
+    refusals = {"refusals": str(write_refusals(data))}
+    common = {"steps": 60, "front_size": 3, "calibrate": False}
+    base: dict[str, Any] = {"tradeoff": "fixed", "lr": "auto", "retain_weight": None}
+    base |= {"objective": None, "objective_settings": {}, "layer": "auto", **common}
+    few = {"methods": QUICK, "seeds": 3, "trials": 4, "interference_seeds": 0} if quick else {}
+    return ComparisonPlan.build(
+        {
+            "functions": {
+                "knowledge": _plain(demo_recipe(data).updated(**base)),
+                "toxicity": _plain(toxicity_recipe(data).updated(**base)),
+            },
+            # What wants pairs is given the same beginnings with an answer that tells nothing.
+            "settings": {name: {"knowledge": refusals} for name in ("dpo", "profs")},
+            **few,
+            **changes,
+        }
+    )
+
+
+def _plain(recipe: Recipe) -> dict[str, Any]:
+    return recipe.model_dump(mode="json", exclude_none=True, exclude_defaults=True)
