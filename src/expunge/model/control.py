@@ -36,8 +36,8 @@ def randomised(patch: Patch, seed: int) -> Patch:
     generator = torch.Generator().manual_seed(seed)
     deltas = {name: _noise_like(delta, generator) for name, delta in patch.deltas.items()}
     origin = patch.metadata
-    metadata = {key: origin[key] for key in ("function", "base_model") if key in origin}
-    metadata |= {"objective": CONTROL, "seed": seed, "control_of": origin}
+    metadata = {"objective": CONTROL, "seed": seed, "control_of": origin}
+    metadata |= {key: origin[key] for key in origin if key in ("function", "base_model")}
     return Patch(deltas, patch.base, metadata)
 
 

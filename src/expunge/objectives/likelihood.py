@@ -101,7 +101,8 @@ def simnpo(forget: Captured, retain: Captured, *, beta: float = 2.5, gamma: floa
     "dpo",
     source="arXiv:2305.18290 v3; for toxicity arXiv:2401.01967",
     deviations="only MLP output projections are trained; the rate decays linearly to zero; a "
-    "retain term, the nats/token of retain texts, is weighed in (0 is the source's)",
+    "retain term, the nats/token of retain texts, is weighed in (0 is the source's); of knowledge "
+    "the chosen texts are refusals",
     needs=Logprobs(twin=True),
     retain_weight=1.0,
     knobs=(Knob("beta", 0.01, 2.0),),
