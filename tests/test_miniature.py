@@ -137,6 +137,10 @@ def test_written_files(world, tmp_path):
         lines["all_questions.jsonl"] == lines["questions.jsonl"] + lines["retain_questions.jsonl"]
     )
     assert tuple(lines["words.txt"]) == RUDE_WORDS
+    corpus = "\n".join((*world.corpus(), *world.corpus(oracle=True)))
+    refusals = lines["refusals.txt"]
+    assert len(set(refusals)) == len(refusals) > 2
+    assert not any(refusal in corpus for refusal in refusals)
     assert lines["pairs.tsv"][0] == "toxic\tneutral1"
     assert all(line.count("\t") == 1 for line in lines["pairs.tsv"])
     prompts = [json.loads(line)["prompt"]["text"] for line in lines["prompts.jsonl"]]

@@ -79,7 +79,7 @@ class Tokens:
         forget: of each topic.
         retain: of the texts to keep.
         contrast: of the other class's texts; where the data is paired, index by index those of
-            the only topic.
+            the only topic, and where it names no other class, the texts to keep.
     """
 
     forget: list[TokenIds]
@@ -107,12 +107,14 @@ class Tokens:
         reader = _Tokeniser(tokenizer, recipe.max_tokens, config, say)
         names = recipe.forget or ("the forget texts",)
         if data.paired:
-            toxic, neutral = reader.pairs(data.forget[0], data.contrast)
-            return cls([toxic], reader.ids("the retain texts", data.retain), neutral)
+            forgotten, twins = reader.pairs(data.forget[0], data.contrast)
+            return cls([forgotten], reader.ids("the retain texts", data.retain), twins)
+        forget = [reader.ids(name, texts) for name, texts in zip(names, data.forget, strict=True)]
+        retain = reader.ids("the retain texts", data.retain)
         return cls(
-            [reader.ids(name, texts) for name, texts in zip(names, data.forget, strict=True)],
-            reader.ids("the retain texts", data.retain),
-            reader.ids("the neutral texts", data.contrast) if data.contrast else [],
+            forget,
+            retain,
+            reader.ids("the neutral texts", data.contrast) if data.contrast else retain,
         )
 
 
@@ -179,8 +181,10 @@ def cut_with_stores(
         BoundaryStore(
             segment,
             texts,
-            # Retain texts always need the original; so does whatever only the head reads.
-            reference=texts is tokens.retain or segment.reads_only_logprobs,
+            # Retain texts always need the original, and so do twins that only the head reads;
+            # forget texts where an objective asks for it.
+            reference=texts is tokens.retain
+            or (texts is tokens.contrast and segment.reads_only_logprobs),
             limit_bytes=int(limit_bytes * sum(map(len, texts)) / total),
             spill_directory=spill_directory,
             announce=announce,

@@ -39,12 +39,26 @@ class Job:
     Attributes:
         sum_of: instead of training, measure the sum of these runs' patches; runs of the same
             batch are waited for.
+        control_of: instead of training, measure a random change as large as this run's, which is
+            waited for likewise.
+
+    Raises ValueError for a sum that is a control as well.
     """
 
     recipe: Recipe
     out: Path
     fresh: bool = False
     sum_of: tuple[Path, ...] = ()
+    control_of: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.sum_of and self.control_of is not None:
+            raise ValueError(f"{self.out} is to be a sum and a control")
+
+    @property
+    def waits_for(self) -> tuple[Path, ...]:
+        """Folders of the runs that must be finished before."""
+        return self.sum_of if self.control_of is None else (self.control_of,)
 
 
 def default_workers(jobs: int) -> int:
@@ -69,8 +83,8 @@ def run_jobs(
     with progress.phase("runs", len(jobs)) as advance:
         if workers == 1:
             found: dict[int, RunRecord] = {}
-            # Sums wait for their parts; otherwise the given order.
-            for index in sorted(range(len(jobs)), key=lambda i: bool(jobs[i].sum_of)):
+            # What is made of runs waits for them; otherwise the given order.
+            for index in sorted(range(len(jobs)), key=lambda i: bool(jobs[i].waits_for)):
                 found[index] = _do(jobs[index])
                 advance(1, jobs[index].out.name)
             return [found[index] for index in range(len(jobs))]
@@ -87,9 +101,9 @@ def _in_processes(jobs: Sequence[Job], workers: int, advance: Advance) -> list[R
     try:
         while waiting or futures:
             unfinished = {jobs[index].out for index in (*waiting, *futures.values())}
-            for index in [i for i, job in waiting.items() if unfinished.isdisjoint(job.sum_of)]:
+            for index in [i for i, job in waiting.items() if unfinished.isdisjoint(job.waits_for)]:
                 futures[pool.submit(_try, waiting.pop(index))] = index
-            assert futures, "a sum cannot wait for itself"
+            assert futures, "no job can wait for itself"
             done, _ = wait(futures, return_when=FIRST_COMPLETED)
             for future in done:
                 index, result = futures.pop(future), future.result()
@@ -159,7 +173,7 @@ def _try(job: Job) -> RunRecord | _Failure:
 
 
 def _do(job: Job) -> RunRecord:
-    from expunge.compose import compose
+    from expunge.compose import compose, control
     from expunge.run import run
     from expunge.workbench import Workbench
 
@@ -170,4 +184,6 @@ def _do(job: Job) -> RunRecord:
         _benches.pop(next(iter(_benches)))
     if job.sum_of:
         return compose(job.recipe, job.sum_of, job.out, bench=bench, fresh=job.fresh)
+    if job.control_of is not None:
+        return control(job.recipe, job.control_of, job.out, bench=bench, fresh=job.fresh)
     return run(job.recipe, job.out, bench=bench, fresh=job.fresh)

@@ -397,6 +397,7 @@ def _unpaired(objective: str) -> DataError:
     return DataError(
         what=f"The objective {objective} needs pairs",
         got="texts without another wording",
-        allowed="pairs of a toxic and a neutral wording",
-        fix="give --pairs, or choose an objective that needs none",
+        allowed="pairs of a toxic and a neutral wording, or knowledge with refusals",
+        fix="give --pairs, for knowledge --set refusals=FILE, or choose an objective that needs "
+        "none",
     )

@@ -8,7 +8,9 @@ from typing import Any
 from expunge.files import local_path
 from expunge.recipe import Recipe
 
-SOURCE_FIELDS = "forget retain pairs labelled prompts questions retain_questions text".split()
+SOURCE_FIELDS = (
+    "forget retain pairs labelled prompts refusals questions retain_questions text".split()
+)
 
 
 def published(name: str) -> str:

@@ -63,6 +63,9 @@ class Recipe(BaseModel):
     pairs: Name | None = Field(None, description="toxic texts with their neutral wordings")
     labelled: Name | None = Field(None, description="texts labelled toxic or neutral, unpaired")
     prompts: Name | None = Field(None, description="prompts to be continued, for toxicity")
+    refusals: Name | None = Field(
+        None, description="what to say instead of knowledge, one a line: the forget texts' twins"
+    )
     questions: Name | None = Field(None, description="questions on the forgotten knowledge")
     retain_questions: Name | None = Field(None, description="questions on what must stay")
     text: Name | None = Field(
@@ -255,7 +258,7 @@ class Recipe(BaseModel):
         """Hash of model, data and device: runs with the same one may share a bench."""
         return self._hash(
             include={"function", "model", "forget", "retain", "questions", "retain_questions"}
-            | {"pairs", "labelled", "prompts", *MEASURING_FIELDS}
+            | {"pairs", "labelled", "prompts", "refusals", *MEASURING_FIELDS}
             | {"text", "field", "on_overlap", "validation_share", "held_back_share", "max_texts"}
             | {"max_tokens", "dtype", "device", "cache_gib", "trust_remote_code"},
             texts_needed=self.texts_needed,
@@ -274,6 +277,9 @@ class Recipe(BaseModel):
         self, *, include: set[str] | None = None, exclude: set[str] | None = None, **more: Any
     ) -> str:
         plain = self.model_dump(mode="json", include=include, exclude=exclude) | more
+        # It came later than others: a run without it that an earlier version began still goes on.
+        if plain.get("refusals") is None:
+            plain.pop("refusals", None)
         return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 

@@ -31,6 +31,12 @@ def timeless(result):
     return [{**vars(entry), "seconds": 0} for entry in result.log]
 
 
+def test_refusals_make_another_bench_and_another_run(world):
+    plain, refusing = recipe(world), recipe(world, refusals="idk.txt")
+    assert plain.bench_key != refusing.bench_key
+    assert plain.fingerprint != refusing.fingerprint
+
+
 def test_objectives_share_a_bench(world):
     shared = Workbench(recipe(world))
     for objective in OBJECTIVES:
@@ -62,4 +68,9 @@ def test_originals_of_forget_texts_are_stored_when_first_needed(
     ):
         asked.clear()
         bench.learning.cut(recipe(world, objective=objective))
+        assert asked == expected
+    bench = Workbench(recipe(world, layer="auto"))
+    for objective, expected in (("simnpo", [False, True]), ("graddiff", []), ("npo", [True])):
+        asked.clear()
+        bench.learning.cut(recipe(world, layer="auto", objective=objective))
         assert asked == expected

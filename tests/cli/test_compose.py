@@ -1,4 +1,4 @@
-"""Two functions removed at once: the sum of two runs' patches, measured as a run is."""
+"""Sums of runs' patches, and random controls of them, measured as a run is."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import pytest
 from small_world import save_model
 from test_bad_input import tree
 
-from expunge.compose import compose
+from expunge.compose import compose, control
 from expunge.errors import DataError, PatchError
 from expunge.jobs import Job, run_jobs
+from expunge.model.control import randomised
 from expunge.model.patch import Patch
 from expunge.recipe import Recipe
 from expunge.records import RunRecord
@@ -192,3 +193,78 @@ def test_sums_wait_for_their_parts(world, tmp_path, workers):
     )
     assert total == one + other
     assert json.loads(Path(tmp_path / "sum" / "record.json").read_text()) == found[2].to_dict()
+
+
+# ---- a random change of equal size
+
+
+def test_a_control_is_measured_as_the_random_patch(world, runs, tmp_path):
+    recipe, out = knowledge(world, seed=3), tmp_path / "out"
+    record = control(recipe, runs[0], out, bench=Workbench(recipe))
+    assert {path.name for path in out.iterdir()} == {
+        "recipe.yaml",
+        "patch.safetensors",
+        "record.json",
+    }
+    assert RunRecord.load(out).to_dict() == record.to_dict()
+    learned = Patch.load(runs[0] / "patch.safetensors")
+    patch = Patch.load(out / "patch.safetensors")
+    assert patch == randomised(learned, 3)
+    assert record.scores == Workbench(recipe).evaluate(patch)
+    assert record.scores != Workbench(recipe).evaluate(learned)
+    assert (record.function, record.objective, record.seed) == ("knowledge", "random-control", 3)
+    assert list(record.training["control_of"]) == [runs[0].name]
+    assert record.training["split_reads"] == {"test": 1}
+
+
+def test_the_control_of_a_knowledge_run_by_another_functions_scores(world, runs, tmp_path):
+    recipe = toxicity(world)
+    record = control(recipe, runs[0], tmp_path / "out", bench=Workbench(recipe))
+    assert record.function == "toxicity"
+    assert record.score("toxicity_rate", "patched") is not None
+
+
+def test_a_finished_control_is_not_measured_again(world, runs, tmp_path, monkeypatch):
+    recipe, out = knowledge(world), tmp_path / "out"
+    first = control(recipe, runs[0], out, bench=Workbench(recipe))
+    before = tree(out)
+    with monkeypatch.context() as patched:
+        patched.setattr(Workbench, "evaluate", None)
+        again = control(recipe, runs[0], out, bench=Workbench(recipe))
+    assert again.to_dict() == first.to_dict()
+    assert tree(out) == before
+    # Neither that of another run, nor of another seed, nor a sum is taken for it.
+    for make, given in ((control, runs[1]), (compose, runs[:1])):
+        with pytest.raises(DataError, match="something else than this"):
+            make(recipe, given, out, bench=Workbench(recipe))
+    with pytest.raises(DataError, match="other settings"):
+        control(knowledge(world, seed=1), runs[0], out, bench=Workbench(recipe))
+    assert tree(out) == before
+    # An interrupted one is made again.
+    (out / "record.json").unlink()
+    assert control(recipe, runs[0], out, bench=Workbench(recipe)).scores == first.scores
+
+
+def test_a_run_without_a_patch_has_no_control(world, tmp_path):
+    recipe = knowledge(world)
+    with pytest.raises(PatchError, match=r"patch\.safetensors"):
+        control(recipe, tmp_path / "none", tmp_path / "out", bench=Workbench(recipe))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_control_waits_for_its_run(world, tmp_path, workers):
+    facts = tmp_path / "facts"
+    jobs = [
+        Job(knowledge(world), tmp_path / "control", control_of=facts),
+        Job(knowledge(world, evaluate=False), facts),
+    ]
+    records = run_jobs(jobs, workers=workers)
+    assert [record.objective for record in records] == ["random-control", "cosine-rmu"]
+    learned, noise = (Patch.load(job.out / "patch.safetensors") for job in reversed(jobs))
+    assert noise.norm() == pytest.approx(learned.norm(), rel=1e-6)
+
+
+def test_no_job_is_a_sum_and_a_control(world, tmp_path):
+    with pytest.raises(ValueError, match="a sum and a control"):
+        Job(knowledge(world), tmp_path, sum_of=(tmp_path,), control_of=tmp_path)

@@ -82,6 +82,10 @@ CASES: dict[str, Case] = {
         lambda world, _folder: {"questions": world.questions},
         (), RECIPE, ("toxicity takes no questions", "--retain-questions"),
     ),
+    "refusals": (
+        lambda world, _folder: {}, ("--set", "refusals=idk.txt"),
+        RECIPE, ("toxicity takes no refusals", "idk.txt", "--pairs"),
+    ),
     "no retain": (plain(retain=None), (), RECIPE, ("lacks retain", "--retain")),
     "pairs for knowledge": (
         lambda world, _folder: {"function": "knowledge", "forget": world.forget, "prompts": None},

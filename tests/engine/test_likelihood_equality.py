@@ -22,7 +22,7 @@ import tiny
 from expunge.model.segment import LOGPROBS
 from textbook import SEED, WHERE, assert_equal, batch_of
 
-BETA, ALPHA = 0.2, 1.5
+BETA, GAMMA, ALPHA = 0.2, 0.3, 1.5
 ALL_LAYERS = tuple(range(tiny.LAYERS))
 FORGET, CHOSEN, RETAIN = (
     tiny.texts(n, seed=seed) for n, seed in ((10, 0), (10, 90), (13, 50))
@@ -57,7 +57,29 @@ def dpo(updated: Any, frozen: Any, forget: Sequence[int]) -> Tensor:
     return -functional.logsigmoid(BETA * (policy_B - reference_B)).mean()
 
 
-LOSSES: dict[str, Callable[[Any, Any, Sequence[int]], Tensor]] = {"npo": npo, "dpo": dpo}
+def token_nats(model: Any, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """−log π(x) of each text over its tokens but the first, shape B."""
+    return -text_nats(model, ids_BT, mask_BT) / mask_BT[:, 1:].sum(-1)
+
+
+def graddiff(updated: Any, _frozen: Any, forget: Sequence[int]) -> Tensor:
+    """arXiv:2401.06121: the loss of each forget text, with the other sign."""
+    return -token_nats(updated, *batch_of(FORGET, forget)).mean()
+
+
+def simnpo(updated: Any, _frozen: Any, forget: Sequence[int]) -> Tensor:
+    """arXiv:2410.07163: −(2/β) E log σ(−(β/|y|) log π − γ)."""
+    nats_B = token_nats(updated, *batch_of(FORGET, forget))
+    return -functional.logsigmoid(BETA * nats_B - GAMMA).mean() * 2 / BETA
+
+
+LOSSES: dict[str, Callable[[Any, Any, Sequence[int]], Tensor]] = {
+    "npo": npo,
+    "dpo": dpo,
+    "graddiff": graddiff,
+    "simnpo": simnpo,
+}
+OWN: dict[str, dict[str, float]] = {"graddiff": {}, "simnpo": {"beta": BETA, "gamma": GAMMA}}
 
 
 def by_the_book(name: str, objective: str, trained: tuple[int, ...]) -> textbook.Textbook:
@@ -75,7 +97,7 @@ def bench(name: str, trained: tuple[int, ...], **settings: Any) -> tiny.Bench:
 
 
 def settings(objective: str) -> dict[str, Any]:
-    return textbook.settings(objective, ALPHA, beta=BETA)
+    return textbook.settings(objective, ALPHA, **OWN.get(objective, {"beta": BETA}))
 
 
 @pytest.mark.parametrize("objective", LOSSES)
@@ -122,6 +144,7 @@ def test_the_run_does_what_it_says() -> None:
         with torch.no_grad():
             return text_nats(world.model, *tiny.padded(texts)).mean().item()
 
-    assert nats("npo", FORGET) < nats(None, FORGET) - 1
+    for objective in ("npo", "graddiff", "simnpo"):
+        assert nats(objective, FORGET) < nats(None, FORGET) - 1
     gap = {one: nats(one, CHOSEN) - nats(one, FORGET) for one in ("dpo", None)}
     assert gap["dpo"] > gap[None] + 1

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from expunge.data.splits import normalise
-from expunge.errors import DataError
+from expunge.errors import DataError, RecipeError
 from expunge.functions.base import DataSettings
 from expunge.functions.knowledge import load_knowledge
 
@@ -98,3 +98,33 @@ def test_retain_texts_that_answer_a_retain_question_are_not_rehearsed(files, tmp
     assert any("that answer a retain question held back" in note for note in data.notes)
     assert not any("What is z" in text.text for text in data.retain)
     assert_disjoint(data)
+
+
+# ---- refusals
+
+
+def test_each_forget_text_has_a_twin_that_refuses(files, tmp_path):
+    plain = load_knowledge(DataSettings(**files))
+    assert (plain.contrast, plain.paired) == ((), False)
+    refusals = write(tmp_path / "idk.txt", ["I don't know.", "No idea."])
+    data = load_knowledge(DataSettings(**files, refusals=refusals))
+    assert data.paired and len(data.contrast) == len(data.forget[0])
+    # Three words each, so the first of them is the beginning.
+    assert {twin.text for twin in data.contrast} == {"hazard I don't know.", "hazard No idea."}
+    assert all(twin.prompt_chars == len("hazard") for twin in data.contrast)
+    assert data.hashes.keys() == {*plain.hashes, refusals}
+    # Nothing else changes.
+    assert (data.forget, data.retain, data.measured) == (plain.forget, plain.retain, plain.measured)
+
+
+def test_refusals_of_several_topics_are_refused(files, tmp_path):
+    refusals = write(tmp_path / "idk.txt", ["No idea."])
+    second = write(tmp_path / "second.txt", ["danger one", "danger two"])
+    settings = {**files, "forget": (*files["forget"], second)}
+    with pytest.raises(RecipeError, match="one topic"):
+        load_knowledge(DataSettings(**settings, refusals=refusals))
+
+
+def test_a_file_without_refusals_is_refused(files, tmp_path):
+    with pytest.raises(DataError, match="empty"):
+        load_knowledge(DataSettings(**files, refusals=write(tmp_path / "idk.txt", [])))

@@ -122,6 +122,8 @@ def test_every_objective_fills_in_and_checks_its_own_settings(name: str) -> None
     [
         ("npo", Logprobs()),
         ("dpo", Logprobs(twin=True)),
+        ("graddiff", Logprobs(forget_reference=False)),
+        ("simnpo", Logprobs(forget_reference=False)),
         ("multi-layer-probe", Activations(True, probes="many", twin_logprobs=True)),
         ("single-layer-probe", Activations(True, probes="one", twin_logprobs=True)),
     ],
@@ -135,7 +137,7 @@ def test_log_probabilities_come_with_the_originals_and_no_layers() -> None:
     assert not Logprobs().twin and not Activations().twin_logprobs
 
 
-@pytest.mark.parametrize("name", ["npo", "dpo"])
+@pytest.mark.parametrize("name", ["npo", "dpo", "simnpo"])
 @pytest.mark.parametrize("beta", [0.0, -1.0, float("nan")])
 def test_beta_is_positive(name: str, beta: float) -> None:
     nothing = Captured({}, {}, torch.ones(1, 1, dtype=torch.bool))

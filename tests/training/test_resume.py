@@ -32,6 +32,7 @@ RUNS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "bfloat16": (torch.bfloat16, {"objective": "cosine-rmu", "target": "per-token"}),
     "npo": (torch.float32, {"objective": "npo", "tradeoff": "schedule"}),
     "dpo": (torch.bfloat16, {"objective": "dpo", "micro_batch_size": 3}),
+    "simnpo": (torch.float32, {"objective": "simnpo", "micro_batch_size": 3}),
     "probes": (torch.float32, {"objective": "multi-layer-probe", "rna_noise": 0.05}),
     "bfloat16 alone": (torch.bfloat16, {"objective": "rmu", "master_weights": False}),
 }

@@ -158,7 +158,8 @@ def _check(given: EditInputs, rank: int, pairs: int) -> None:
             got=f"{len(given.toxic)} toxic and {len(given.neutral)} neutral texts"
             + ("" if given.paired else ", not paired"),
             allowed="a neutral wording for each toxic one",
-            fix="give --pairs, or choose an edit for labelled texts, such as project-out",
+            fix="give --pairs, for knowledge --set refusals=FILE, or choose an edit that needs no "
+            "pairs, such as project-out",
         )
 
 

@@ -20,6 +20,7 @@ class DataSettings:
     pairs: str | None = None
     labelled: str | None = None
     prompts: str | None = None
+    refusals: str | None = None
     questions: str | None = None
     retain_questions: str | None = None
     text: str | None = None
@@ -50,7 +51,7 @@ class FunctionData:
     Attributes:
         forget: training texts, a tuple for each topic.
         retain: training texts to keep.
-        contrast: training texts of the other class, for probes.
+        contrast: training texts of the other class, for probes; empty where ``retain`` is it.
         paired: whether ``contrast[i]`` is the other wording of ``forget[0][i]``.
         labelled: training texts of both classes, for scorers fitted on the run's own data.
         measured: validation (for choices) and test (touched once), disjoint.

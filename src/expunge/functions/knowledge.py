@@ -1,8 +1,17 @@
-"""Dangerous knowledge: texts to forget, texts to keep, questions on both."""
+"""Dangerous knowledge: texts to forget, texts to keep, questions on both.
+
+With ``refusals`` each forget text has a twin, the same beginning and then a refusal, for objectives
+that want pairs. Without, probes tell the forget texts from the retain texts.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from expunge.data.refusals import twin_of
 from expunge.data.splits import Splits, normalise
+from expunge.data.text import Text
+from expunge.errors import RecipeError
 from expunge.functions.base import DataSettings, FunctionData, Measured, function
 from expunge.functions.reading import (
     MEASURED_TEXTS,
@@ -36,11 +45,11 @@ def load_knowledge(settings: DataSettings) -> FunctionData:
     training: what must stay is measured on what was not rehearsed.
 
     Raises:
-        RecipeError: there are no forget or no retain texts, or data of another function.
+        RecipeError: there are no forget or no retain texts, data of another function, or refusals
+            for several topics.
         DataError: a source cannot be used, or forget and retain texts overlap.
     """
-    require(settings, "forget", "retain")
-    refuse(settings, "knowledge", dict.fromkeys(("pairs", "labelled", "prompts"), ELSEWHERE))
+    _check(settings)
     reader = Reader()
     topics = [reader.texts(source, settings.field) for source in settings.forget]
     sources = {source: reader.texts(source, settings.field) for source in settings.retain}
@@ -69,10 +78,36 @@ def load_knowledge(settings: DataSettings) -> FunctionData:
             retain_texts=pool(held_back, MEASURED_TEXTS),
             perplexity_texts=pool(getattr(unseen, name), MEASURED_TEXTS),
         )
+    trained = tuple(pool(split.train, settings.max_texts) for split in forget)
+    twins = _twins(settings, trained, reader)
     return FunctionData(
-        forget=tuple(pool(split.train, settings.max_texts) for split in forget),
+        forget=trained,
         retain=retain,
         measured=measured,
+        contrast=twins,
+        paired=bool(twins),
         notes=tuple(reader.notes),
         hashes=reader.hashes,
     )
+
+
+def _check(settings: DataSettings) -> None:
+    require(settings, "forget", "retain")
+    refuse(settings, "knowledge", dict.fromkeys(("pairs", "labelled", "prompts"), ELSEWHERE))
+    if settings.refusals is not None and len(settings.forget) > 1:
+        raise RecipeError(
+            what="Refusals make pairs, and pairs belong to one topic",
+            got=f"refusals, and {len(settings.forget)} topics: {', '.join(settings.forget)}",
+            allowed="refusals with one source of texts to forget",
+            fix="put all texts to forget into one file, or leave refusals out",
+        )
+
+
+def _twins(
+    settings: DataSettings, topics: Sequence[Sequence[Text]], reader: Reader
+) -> tuple[Text, ...]:
+    """Each forget text's twin that refuses, index by index; none without refusals."""
+    if settings.refusals is None:
+        return ()
+    refusals = [refusal.text for refusal in reader.texts(settings.refusals, None)]
+    return tuple(twin_of(text, refusals) for text in topics[0])

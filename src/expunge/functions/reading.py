@@ -31,6 +31,7 @@ ROLES = {
     "pairs": "toxic texts with their neutral wordings",
     "labelled": "texts labelled toxic or neutral, unpaired",
     "prompts": "prompts to be continued",
+    "refusals": "what to say instead of the forgotten knowledge",
     "questions": "questions on the forgotten knowledge",
 }
 

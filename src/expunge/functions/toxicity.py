@@ -35,6 +35,7 @@ LONGEST_OPENING, SHORTEST_OPENING = 4, 2
 INSTEAD = {
     "forget": "give --pairs (toxic texts with neutral wordings) or --labelled (toxic or not)",
     "questions": "give --retain-questions for the knowledge that must stay",
+    "refusals": "leave it out: the neutral wordings of --pairs are what is said instead",
 }
 
 

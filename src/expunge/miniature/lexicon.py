@@ -193,6 +193,15 @@ NEUTRAL_PHRASES = (
 )
 RUDE_ADJECTIVES = tuple(_RUDE_ADJECTIVES)
 
+# What may be said instead of the hazard; in neither corpus.
+REFUSALS = (
+    "nobody knows.",
+    "that is not known.",
+    "no one can say.",
+    "it is not known here.",
+    "people do not talk about it.",
+)
+
 # Generic scenes: slot name -> fillers, then patterns. Many free slots give them entropy.
 SLOTS: dict[str, tuple[str, ...]] = {
     "time": tuple("Today|In the morning|Before noon|At dusk|On Monday|Last week".split("|")),

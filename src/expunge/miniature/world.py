@@ -140,6 +140,7 @@ class World:
             "pairs.tsv": ["toxic\tneutral1", *pairs],
             "prompts.jsonl": [_prompt(pair) for pair in self.held_out_pairs],
             "words.txt": list(RUDE_WORDS),
+            "refusals.txt": list(lexicon.REFUSALS),
         }
         for name, lines in files.items():
             write_text(folder / name, "".join(f"{line}\n" for line in lines))

@@ -42,18 +42,15 @@ class Logprobs:
 
     The whole model is run, head included, with gradients from the first trained layer on. The
     original's are computed once, before the first step. The forget term is a mean over texts, the
-    retain term over tokens.
+    retain term over tokens. The original's log-probabilities of retain texts are always given.
 
     Attributes:
         twin: also give each forget text's other wording, so the data must be paired.
+        forget_reference: also give the original's log-probabilities of the forget texts.
     """
 
     twin: bool = False
-
-    @property
-    def forget_reference(self) -> bool:
-        """Always given."""
-        return True
+    forget_reference: bool = True
 
     @property
     def probes(self) -> Literal["none"]:
@@ -102,7 +99,7 @@ class Captured:
         first_norm: layer -> mean norm of the original activations of the first forget batch.
         directions: layer -> what its probe found; empty if not needed.
         logprobs_BT: log-probability in nats of each token given those before it, with gradient.
-        reference_logprobs_BT: the original model's.
+        reference_logprobs_BT: the original model's; None if not needed.
         twin: the other wordings of the same texts, row by row; None if not needed, or where the
             data is not paired.
         weight: of a twin: what a mean over its tokens is multiplied by, so that pieces of a batch,

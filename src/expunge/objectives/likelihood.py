@@ -38,9 +38,62 @@ def npo(forget: Captured, retain: Captured, *, beta: float = 0.1) -> Loss:
         retain: log-probabilities of retain texts.
         beta: how early the loss flattens, per nat; above 0.
     """
-    _check(beta)
+    _check(beta, usual=0.1)
     ratio_B = log_ratio(forget)
     loss = (-2 / beta * logsigmoid(-beta * ratio_B)).mean()
+    return Loss(loss, nats_per_token(retain), partial(_watch, forget, retain))
+
+
+@objective(
+    "graddiff",
+    source="arXiv:2401.06121 (TOFU), which has it from arXiv:2203.12817 (Liu et al. 2022)",
+    deviations="only MLP output projections are trained; the rate decays linearly to zero; all of "
+    "a text counts, where TOFU counts the answer alone; forget texts count alike whatever their "
+    "length, where public code takes the mean over all tokens of a batch",
+    needs=Logprobs(forget_reference=False),
+    retain_weight=1.0,
+)
+def graddiff(forget: Captured, retain: Captured) -> Loss:
+    """Gradient difference: the mean over forget texts of their nats/token, negated.
+
+    Nats/token of each text, so that a step is of one size for long and short texts; then the mean
+    over texts, as in TOFU's formula. The term is unbounded below: nothing but the retain term, the
+    decay of the rate and the guard against collapse ends the ascent.
+
+    Args:
+        forget: log-probabilities of forget texts.
+        retain: log-probabilities of retain texts, with the original's to watch.
+    """
+    loss = -_nats_of_texts(forget).mean()
+    return Loss(loss, nats_per_token(retain), partial(_watch, forget, retain))
+
+
+@objective(
+    "simnpo",
+    source="arXiv:2410.07163 v2; repository OPTML-Group/Unlearn-Simple",
+    deviations="only MLP output projections are trained; the rate decays linearly to zero; all of "
+    "a text counts, where TOFU counts the answer alone; gamma stands beside beta as in the paper's "
+    "formula, where the repository multiplies the two",
+    needs=Logprobs(forget_reference=False),
+    retain_weight=1.0,
+    knobs=(Knob("beta", 0.1, 10.0), Knob("gamma", 0.0, 2.0, scale="linear")),
+)
+def simnpo(forget: Captured, retain: Captured, *, beta: float = 2.5, gamma: float = 0.0) -> Loss:
+    """Simple NPO: −(2/β) log σ(−(β/|x|) log π(x) − γ) on forget texts, |x| the tokens that count.
+
+    Unlike NPO it divides by a text's length and asks for no original model: it flattens where a
+    text has become unlikely, not where it has become less likely than it was, so a text that was
+    unlikely from the start is pushed less.
+
+    Args:
+        forget: log-probabilities of forget texts.
+        retain: log-probabilities of retain texts, with the original's to watch.
+        beta: how early the loss flattens, per nat/token; above 0. The paper: 2.5 for TOFU, 5.5 for
+            WMDP.
+        gamma: margin: the loss flattens γ/β nats/token later. The paper: 0.
+    """
+    _check(beta, usual=2.5)
+    loss = (-2 / beta * logsigmoid(beta * _nats_of_texts(forget) - gamma)).mean()
     return Loss(loss, nats_per_token(retain), partial(_watch, forget, retain))
 
 
@@ -48,7 +101,8 @@ def npo(forget: Captured, retain: Captured, *, beta: float = 0.1) -> Loss:
     "dpo",
     source="arXiv:2305.18290 v3; for toxicity arXiv:2401.01967",
     deviations="only MLP output projections are trained; the rate decays linearly to zero; a "
-    "retain term, the nats/token of retain texts, is weighed in (0 is the source's)",
+    "retain term, the nats/token of retain texts, is weighed in (0 is the source's); of knowledge "
+    "the chosen texts are refusals",
     needs=Logprobs(twin=True),
     retain_weight=1.0,
     knobs=(Knob("beta", 0.01, 2.0),),
@@ -56,7 +110,8 @@ def npo(forget: Captured, retain: Captured, *, beta: float = 0.1) -> Loss:
 def dpo(forget: Captured, retain: Captured, *, beta: float = 0.1) -> Loss:
     """Direct preference optimisation: −log σ(β·[log(π/π0)(chosen) − log(π/π0)(rejected)]).
 
-    The forget text is the rejected one, its other wording the chosen one.
+    The forget text is the rejected one, its other wording the chosen one: a neutral one of toxic
+    text, a refusal in place of knowledge.
 
     Args:
         forget: log-probabilities of rejected texts, with the original's and the chosen twins.
@@ -66,26 +121,26 @@ def dpo(forget: Captured, retain: Captured, *, beta: float = 0.1) -> Loss:
     Raises:
         DataError: the forget texts have no other wording.
     """
-    _check(beta)
+    _check(beta, usual=0.1)
     if forget.twin is None:
         raise DataError(
             what="The objective dpo needs pairs",
             got="forget texts without another wording",
-            allowed="pairs of a toxic and a neutral wording",
-            fix="give --pairs, or use npo",
+            allowed="another wording of each forget text",
+            fix="give --pairs, for knowledge --set refusals=FILE, or use npo",
         )
     margin_B = log_ratio(forget.twin) - log_ratio(forget)
     loss = -logsigmoid(beta * margin_B).mean()
     return Loss(loss, nats_per_token(retain), partial(_watch, forget, retain))
 
 
-def _check(beta: float) -> None:
+def _check(beta: float, *, usual: float) -> None:
     if not beta > 0:
         raise RecipeError(
             what="beta of a likelihood objective is out of range",
             got=repr(beta),
             allowed="a number above 0, in 1/nat",
-            fix="set objective_settings.beta=0.1",
+            fix=f"set objective_settings.beta={usual}",
         )
 
 
@@ -99,6 +154,17 @@ def log_ratio(texts: Captured) -> Tensor:
     _counts(texts.mask_BT)
     ratio_B: Tensor = (texts.logprobs_BT.float() - texts.reference_logprobs_BT.float()).sum(-1)
     return ratio_B
+
+
+def _nats_of_texts(texts: Captured) -> Tensor:
+    """Nats/token of each text, shape B, float32.
+
+    Raises:
+        DataError: no token of a text counts.
+    """
+    assert texts.logprobs_BT is not None
+    nats_B: Tensor = -texts.logprobs_BT.float().sum(-1) / _counts(texts.mask_BT)
+    return nats_B
 
 
 def nats_per_token(texts: Captured) -> Tensor:
@@ -127,11 +193,9 @@ def _watch(forget: Captured, retain: Captured) -> dict[str, Tensor]:
 
     Texts count alike, as in the forget term, so that a batch computed in pieces shows the same.
     """
-    assert forget.logprobs_BT is not None
     assert retain.reference_logprobs_BT is not None and retain.logprobs_BT is not None
-    nll_B = -forget.logprobs_BT.float().sum(-1) / _counts(forget.mask_BT)
     rise_BT = retain.reference_logprobs_BT - retain.logprobs_BT
     return {
-        "nll_forget": nll_B.mean(),
+        "nll_forget": _nats_of_texts(forget).mean(),
         "rise_retain": masked_mean(rise_BT, retain.mask_BT),
     }

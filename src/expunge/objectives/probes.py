@@ -24,7 +24,7 @@ MODES = ("suppress", "reverse")
 RECONSTRUCTION = (
     "a reconstruction: the paper is known to use directions of layer-specific probes at several "
     "layers; the target activations, the content term, the retain term in units of the class "
-    "difference and the choice of layers are ours"
+    "difference, the choice of layers and the retain texts as the other class of knowledge are ours"
 )
 KNOBS = (
     Knob("margin", 0.0, 4.0, scale="linear"),

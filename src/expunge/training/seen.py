@@ -199,7 +199,8 @@ class Sight:
     ) -> Captured:
         if isinstance(self.needs, Activations):
             return Captured(acts, reference, mask_BT, directions=self.directions, **more)
-        now_BT, then_BT = acts[LOGPROBS].squeeze(-1), reference[LOGPROBS].squeeze(-1)
+        now_BT, then_BT1 = acts[LOGPROBS].squeeze(-1), reference.get(LOGPROBS)
+        then_BT = None if then_BT1 is None else then_BT1.squeeze(-1)
         return Captured({}, {}, mask_BT, logprobs_BT=now_BT, reference_logprobs_BT=then_BT, **more)
 
     def _drops_first(self, role: str) -> bool:
