@@ -57,6 +57,12 @@ def compose(
     with timed(timing, "evaluate"):
         scores = bench.evaluate(patch, oracle=recipe.oracle, split=recipe.measure_on)
     origins = [one.metadata for one in patches]
+    training = {"parts": parts, "split_reads": {recipe.measure_on: 1}}
+    collapsed = {
+        run.name: origin["training"]["collapsed"]
+        for run, origin in zip(runs, origins, strict=True)
+        if origin.get("training", {}).get("collapsed") is not None
+    }
     record = RunRecord(
         function=" + ".join(str(origin.get("function")) for origin in origins),
         objective=" + ".join(str(origin.get("objective")) for origin in origins),
@@ -65,7 +71,7 @@ def compose(
         peak_memory_bytes=peak_bytes(),
         provenance=bench.provenance(recipe, patch),
         scores=scores,
-        training={"parts": parts, "split_reads": {recipe.measure_on: 1}},
+        training=training | ({"collapsed": collapsed} if collapsed else {}),
     )
     record.save(out)
     return record

@@ -1,4 +1,4 @@
-"""Several runs, side by side in processes that share nothing.
+"""Several runs, and what is made of several, side by side in processes that share nothing.
 
 Every process keeps the benches of its last runs, so runs of one model and data set share the
 opened base and the boundaries. A run is resumable by itself, so an interrupted batch of jobs goes
@@ -10,7 +10,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -46,6 +46,43 @@ class Job:
     fresh: bool = False
     sum_of: tuple[Path, ...] = ()
 
+    @property
+    def waits_for(self) -> tuple[Path, ...]:
+        """Folders of jobs that must be done before."""
+        return self.sum_of
+
+
+@dataclass(frozen=True)
+class JointJob:
+    """Several recipes trained at once (`expunge.interference.joint`); it waits for nothing."""
+
+    recipes: tuple[Recipe, ...]
+    out: Path
+    fresh: bool = False
+    waits_for: tuple[Path, ...] = ()
+
+
+@dataclass(frozen=True)
+class SequenceJob:
+    """Several recipes trained one after the other (`expunge.interference.sequence`).
+
+    Attributes:
+        before: folder of the recipes before the last, waited for; None: trained here.
+    """
+
+    recipes: tuple[Recipe, ...]
+    out: Path
+    fresh: bool = False
+    before: Path | None = None
+
+    @property
+    def waits_for(self) -> tuple[Path, ...]:
+        """Folders of jobs that must be done before."""
+        return () if self.before is None else (self.before,)
+
+
+AnyJob = Job | JointJob | SequenceJob
+
 
 def default_workers(jobs: int) -> int:
     """A process a core, on a machine without a GPU; on one GPU, runs would only wait for it."""
@@ -53,7 +90,7 @@ def default_workers(jobs: int) -> int:
 
 
 def run_jobs(
-    jobs: Sequence[Job], *, workers: int | None = None, progress: Progress | None = None
+    jobs: Sequence[AnyJob], *, workers: int | None = None, progress: Progress | None = None
 ) -> list[RunRecord]:
     """Do all jobs; records in the order of the jobs.
 
@@ -69,15 +106,24 @@ def run_jobs(
     with progress.phase("runs", len(jobs)) as advance:
         if workers == 1:
             found: dict[int, RunRecord] = {}
-            # Sums wait for their parts; otherwise the given order.
-            for index in sorted(range(len(jobs)), key=lambda i: bool(jobs[i].sum_of)):
-                found[index] = _do(jobs[index])
+            waiting = dict(enumerate(jobs))
+            while waiting:
+                index = _ready(waiting, ())[0]
+                found[index] = _do(waiting.pop(index))
                 advance(1, jobs[index].out.name)
             return [found[index] for index in range(len(jobs))]
         return _in_processes(jobs, workers, advance)
 
 
-def _in_processes(jobs: Sequence[Job], workers: int, advance: Advance) -> list[RunRecord]:
+def _ready(waiting: Mapping[int, AnyJob], running: Iterable[AnyJob]) -> list[int]:
+    """Numbers of the jobs that wait for no other, in the given order."""
+    unfinished = {job.out for job in (*waiting.values(), *running)}
+    ready = [index for index, job in waiting.items() if unfinished.isdisjoint(job.waits_for)]
+    assert ready or running, "a job cannot wait for itself"
+    return ready
+
+
+def _in_processes(jobs: Sequence[AnyJob], workers: int, advance: Advance) -> list[RunRecord]:
     context = multiprocessing.get_context("spawn")
     others = {*multiprocessing.active_children()}
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_prepare_process)
@@ -86,10 +132,8 @@ def _in_processes(jobs: Sequence[Job], workers: int, advance: Advance) -> list[R
     found: dict[int, RunRecord] = {}
     try:
         while waiting or futures:
-            unfinished = {jobs[index].out for index in (*waiting, *futures.values())}
-            for index in [i for i, job in waiting.items() if unfinished.isdisjoint(job.sum_of)]:
+            for index in _ready(waiting, [jobs[index] for index in futures.values()]):
                 futures[pool.submit(_try, waiting.pop(index))] = index
-            assert futures, "a sum cannot wait for itself"
             done, _ = wait(futures, return_when=FIRST_COMPLETED)
             for future in done:
                 index, result = futures.pop(future), future.result()
@@ -119,7 +163,7 @@ def _worker_lost(workers: int) -> ResourceError:
 
 
 _benches: dict[str, Workbench] = {}
-_busy: list[Job] = []
+_busy: list[AnyJob] = []
 _KINDS: dict[str, type[ExpungeError]] = {
     name: kind for name, kind in vars(errors).items() if name.endswith("Error")
 }
@@ -147,7 +191,7 @@ class _Failure:
     parts: dict[str, str]
 
 
-def _try(job: Job) -> RunRecord | _Failure:
+def _try(job: AnyJob) -> RunRecord | _Failure:
     _busy.append(job)
     try:
         return _do(job)
@@ -158,16 +202,31 @@ def _try(job: Job) -> RunRecord | _Failure:
         _busy.clear()
 
 
-def _do(job: Job) -> RunRecord:
+def _do(job: AnyJob) -> RunRecord:
     from expunge.compose import compose
+    from expunge.interference.joint import joint, joint_recipes
+    from expunge.interference.sequence import sequence
     from expunge.run import run
-    from expunge.workbench import Workbench
 
-    key = job.recipe.bench_key
-    bench = _benches.pop(key, None) or Workbench(job.recipe)
-    _benches[key] = bench  # the last in the order is the latest used
-    while len(_benches) > BENCHES:
-        _benches.pop(next(iter(_benches)))
+    if isinstance(job, JointJob):
+        benches = [_bench(recipe) for recipe in joint_recipes(job.recipes)]
+        return joint(job.recipes, job.out, benches=benches, fresh=job.fresh)
+    if isinstance(job, SequenceJob):
+        bench = _bench(job.recipes[0])
+        return sequence(job.recipes, job.out, before=job.before, bench=bench, fresh=job.fresh)
+    bench = _bench(job.recipe)
     if job.sum_of:
         return compose(job.recipe, job.sum_of, job.out, bench=bench, fresh=job.fresh)
     return run(job.recipe, job.out, bench=bench, fresh=job.fresh)
+
+
+def _bench(recipe: Recipe) -> Workbench:
+    """This process's bench for a recipe: one that was used lately, or a new one."""
+    from expunge.workbench import Workbench
+
+    key = recipe.bench_key
+    bench = _benches.pop(key, None) or Workbench(recipe)
+    _benches[key] = bench  # the last in the order is the latest used
+    while len(_benches) > BENCHES:
+        _benches.pop(next(iter(_benches)))
+    return bench
