@@ -35,7 +35,8 @@ from expunge.model.structure import find_structure
 from expunge.objectives import OBJECTIVES
 from expunge.objectives.targets import Targets
 from expunge.provenance import environment
-from expunge.training.loop import Trainer, TrainingSettings
+from expunge.training.loop import Trainer
+from expunge.training.settings import TrainingSettings
 from expunge.training.tradeoff import Fixed
 from textbook import textbook_rmu
 

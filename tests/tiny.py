@@ -17,7 +17,8 @@ from expunge.model.segment import LOGPROBS, Segment
 from expunge.model.structure import Structure, find_structure
 from expunge.objectives import OBJECTIVES, Direction, Logprobs
 from expunge.objectives.base import Needs
-from expunge.training.loop import Trainer, TrainingSettings
+from expunge.training.loop import Trainer
+from expunge.training.settings import TrainingSettings
 from expunge.training.tradeoff import TradeoffKind, rule
 
 VOCABULARY, HIDDEN, LAYERS = 64, 32, 4

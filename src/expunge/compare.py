@@ -16,6 +16,7 @@ from expunge.comparison import Comparison, Place
 from expunge.errors import DataError, DivergedError, ExpungeError
 from expunge.files import write_json
 from expunge.jobs import AnyJob, Job, JointJob, SequenceJob, run_jobs
+from expunge.learning import method_of
 from expunge.matrix import CONTROL, LEARNED, ComparisonPlan, settled
 from expunge.progress import Progress, Silent
 from expunge.recipe import Recipe
@@ -89,7 +90,7 @@ class Comparing:
     def _unchosen(self, chosen: dict[Key, Recipe | RunRecord]) -> list[RunRecord]:
         """For each seed of a cell whose search found nothing, that search's record."""
         return [
-            _told(self.plan.recipe(*key).updated(seed=seed), str(found.training[DIVERGED]))
+            diverged_record(self.plan.recipe(*key).updated(seed=seed), str(_diverged(found)))
             for key, found in chosen.items()
             if isinstance(found, RunRecord)
             for seed in range(self.plan.seeds)
@@ -119,17 +120,24 @@ class Comparing:
         jobs: list[AnyJob] = []
         for seed in range(min(self.plan.interference_seeds, self.plan.seeds)):
             seeded = [
-                one.updated(seed=seed, tradeoff="fixed") for one in recipes if isinstance(one, Recipe)
+                one.updated(seed=seed, tradeoff="fixed")
+                for one in recipes
+                if isinstance(one, Recipe)
             ]
             parts = tuple(self.folder(*key, f"seed{seed}") for key in own.items())
-            there, back = (self._trained(name, seed) for name in ("one-after-the-other", "reversed"))
+            there, back = (
+                self._trained(name, seed) for name in ("one-after-the-other", "reversed")
+            )
             joint = self._trained("joint", seed)
             jobs += [
                 JointJob(tuple(seeded), joint, self.fresh),
                 SequenceJob(tuple(seeded), there, self.fresh),
                 SequenceJob(tuple(reversed(seeded)), back, self.fresh),
             ]
-            for name, folders in {"sum": parts, **{p.parent.name: (p,) for p in (joint, there, back)}}.items():
+            for name, folders in {
+                "sum": parts,
+                **{p.parent.name: (p,) for p in (joint, there, back)},
+            }.items():
                 jobs += [
                     Job(
                         recipe,
@@ -149,11 +157,62 @@ class Comparing:
         return {name: self.plan.own[name] for name in self.plan.functions if name in self.plan.own}
 
     def _done(self, jobs: Sequence[AnyJob]) -> list[RunRecord]:
-        """The jobs' records; those that diverged say so."""
-        known = {} if self.fresh else {job.out: _known(job) for job in jobs}
+        """The jobs' records; those that diverged say so, and are not tried again."""
+        known = {} if self.fresh else {job.out: _known_to_diverge(job) for job in jobs}
         left = [job for job in jobs if known.get(job.out) is None]
         found = run_jobs(
             left, workers=self.workers, progress=self.progress, rescue=_rescued, ray=self.ray
         )
         done = {job.out: record for job, record in zip(left, found, strict=True)}
-        return [done.get(job.out) or known[job.out] for job in jobs]  # type: ignore[misc]
+        return [known.get(job.out) or done[job.out] for job in jobs]
+
+
+def diverged_record(recipe: Recipe, reason: str) -> RunRecord:
+    """The record of a run that came to nothing: no scores, and why."""
+    return RunRecord(
+        function=recipe.function,
+        objective=method_of(recipe).name,
+        seed=recipe.seed,
+        timing={},
+        peak_memory_bytes=0,
+        provenance={"recipe": recipe.model_dump(mode="json", exclude_none=True)},
+        training={DIVERGED: reason},
+    )
+
+
+def _diverged(record: RunRecord) -> str | None:
+    reason = record.training.get(DIVERGED)
+    return None if reason is None else str(reason)
+
+
+def _rescued(job: AnyJob, error: ExpungeError) -> RunRecord | None:
+    """The record of a run that diverged, kept in its folder; None for any other error."""
+    if not isinstance(job, Job):
+        return None
+    if isinstance(error, DivergedError):
+        reason = f"{error.what} ({error.got})"
+    elif any(_diverged(record) for record in map(_record_in, job.waits_for) if record):
+        reason = "what it rests on diverged"
+    else:
+        return None
+    record = diverged_record(job.recipe, reason)
+    record.save(job.out)
+    return record
+
+
+def _known_to_diverge(job: AnyJob) -> RunRecord | None:
+    """The record of an earlier try of the same recipe that diverged."""
+    record = _record_in(job.out)
+    if record is None or not isinstance(job, Job):
+        return None
+    same = record.provenance.get("recipe") == job.recipe.model_dump(mode="json", exclude_none=True)
+    return record if same and _diverged(record) else None
+
+
+def _record_in(folder: Path) -> RunRecord | None:
+    if not (folder / RECORD_NAME).is_file():
+        return None
+    try:
+        return RunRecord.load(folder)
+    except DataError:
+        return None  # the run itself tells what is wrong with it

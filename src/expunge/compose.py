@@ -7,6 +7,7 @@ from functools import reduce
 from hashlib import sha256
 from operator import add
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from expunge.errors import DataError
@@ -49,6 +50,11 @@ def compose(
         fresh=fresh,
         what="sum",
         made_of={"parts": _hashes(runs)},
+        collapsed={
+            run.name: origin["training"]["collapsed"]
+            for run, origin in zip(runs, origins, strict=True)
+            if origin.get("training", {}).get("collapsed") is not None
+        },
         function=" + ".join(str(origin.get("function")) for origin in origins),
         objective=" + ".join(str(origin.get("objective")) for origin in origins),
     )
@@ -99,12 +105,14 @@ def _measured(
     made_of: Mapping[str, Any],
     function: str,
     objective: str,
+    collapsed: Mapping[str, int] = MappingProxyType({}),
 ) -> RunRecord:
     """Save a patch and its scores as a run's, or return the record that tells of the very same.
 
     Args:
         what: the patch is, in a word.
         made_of: from which files; goes into the record, and is how a finished one is known.
+        collapsed: part -> the step at which its run lost what is to be kept.
     """
     if not fresh:
         finished = look(recipe, out)
@@ -129,7 +137,8 @@ def _measured(
         timing=timing,
         peak_memory_bytes=peak_bytes(),
         provenance=bench.provenance(recipe, patch),
-        training={**made_of, "split_reads": {recipe.measure_on: 1}},
+        training={**made_of, "split_reads": {recipe.measure_on: 1}}
+        | ({"collapsed": dict(collapsed)} if collapsed else {}),
         **vars(found),
     )
     record.save(out)

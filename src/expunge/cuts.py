@@ -16,11 +16,22 @@ from expunge.errors import DataError
 from expunge.functions.base import FunctionData
 from expunge.model.boundaries import BoundaryStore
 from expunge.model.patch import causal_lm_name
-from expunge.model.segment import Segment
+from expunge.model.segment import LOGPROBS, Segment
+from expunge.model.structure import Structure
 from expunge.objectives.base import Direction
 from expunge.recipe import Recipe
 
 TokenIds = list[tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A base in memory: its first layers, or the whole with its head."""
+
+    model: Any
+    tokenizer: Any
+    structure: Structure
+    whole: bool
 
 
 @dataclass(frozen=True)
@@ -198,4 +209,19 @@ def cut_with_stores(
         stores[topics],
         stores[topics + 1] if twins else None,
         {name: p.detach().cpu().clone() for name, p in segment.weights.items()},
+    )
+
+
+def depth_of(captured: tuple[int, ...]) -> int | None:
+    """How many layers must be opened to read these; None: all, and the head."""
+    return None if LOGPROBS in captured else max(captured) + 1
+
+
+def unpaired(objective: str) -> DataError:
+    return DataError(
+        what=f"The objective {objective} needs pairs",
+        got="texts without another wording",
+        allowed="pairs of a toxic and a neutral wording, or knowledge with refusals",
+        fix="give --pairs, for knowledge --set refusals=FILE, or choose an objective that needs "
+        "none",
     )

@@ -33,6 +33,10 @@ from expunge.recipe import MEASURING_FIELDS, Recipe
 from expunge.records import RECORD_NAME, RunRecord
 
 RECIPE_NAME = "recipe.yaml"
+# Instead, where several recipes are behind one patch; beside it, runs that belong to it.
+RECIPES_NAME = "recipes.yaml"
+BEFORE_FOLDER = "before"
+MEASURED_PREFIX = "measured-"
 PATCH_NAME = "patch.safetensors"
 LOSSES_NAME = "losses.jsonl"
 STATE_NAME = "state.safetensors"
@@ -53,7 +57,7 @@ WORK_NAMES = (
 # What a killed process leaves in its folder, with its number: spilled boundaries, half a file.
 _LEFTOVER = re.compile(
     rf"{re.escape(SPILL_PREFIX)}(\d+)-\w+"
-    rf"|\.(?:{'|'.join(map(re.escape, (RECIPE_NAME, *WORK_NAMES)))})\.(\d+)\.tmp"
+    rf"|\.(?:{'|'.join(map(re.escape, (RECIPE_NAME, RECIPES_NAME, *WORK_NAMES)))})\.(\d+)\.tmp"
 )
 
 
@@ -96,12 +100,14 @@ def check_own(out: Path) -> None:
             fix="choose another -o",
         )
     names = {path.name for path in out.glob("[!.]*")}
-    ours = names & {RECIPE_NAME, *WORK_NAMES}
+    ours = names & {RECIPE_NAME, RECIPES_NAME, *WORK_NAMES}
+    if RECIPES_NAME in ours:
+        ours |= {name for name in names if _belongs(out / name)}
     if FRONT_FOLDER in ours and not _is_front(out / FRONT_FOLDER):
         ours.remove(FRONT_FOLDER)
     others = sorted(names - ours)
     # A recipe without any work may be one that a user wrote.
-    if others and not (RECIPE_NAME in ours and len(ours) > 1):
+    if others and not (ours & {RECIPE_NAME, RECIPES_NAME} and len(ours) > 1):
         raise DataError(
             what="The output folder holds files that are no run's",
             got=f"{out} with {', '.join(others[:5])}{', …' if len(others) > 5 else ''}",
@@ -140,6 +146,13 @@ def look(recipe: Recipe, out: Path) -> RunRecord | None:
 
 def claim(recipe: Recipe, out: Path, *, fresh: bool) -> None:
     """Make ``out`` the folder of this recipe."""
+    make_way(out, fresh=fresh)
+    (out / RECIPES_NAME).unlink(missing_ok=True)
+    recipe.save(out / RECIPE_NAME)
+
+
+def make_way(out: Path, *, fresh: bool) -> None:
+    """Clear away leftovers and a record that is to be replaced; ``fresh``: all earlier work."""
     clear_leftovers(out)
     with disk_errors(out):
         # A record that is here is of the run to be discarded, or lacks what is to be measured.
@@ -149,7 +162,6 @@ def claim(recipe: Recipe, out: Path, *, fresh: bool) -> None:
             for name in {*WORK_NAMES} - {FRONT_FOLDER}:
                 (out / name).unlink(missing_ok=True)
             _clear_front(out / FRONT_FOLDER)
-    recipe.save(out / RECIPE_NAME)
 
 
 def clear_leftovers(out: Path) -> None:
@@ -171,6 +183,12 @@ def _clear_front(folder: Path) -> None:
         folder.rmdir()
 
 
+def _belongs(path: Path) -> bool:
+    """Whether a folder of that name holds a run that belongs to the one around it."""
+    name = path.name
+    return path.is_dir() and (name == BEFORE_FOLDER or name.startswith(MEASURED_PREFIX))
+
+
 def _is_front(folder: Path) -> bool:
     """Whether a folder of that name holds patches of a front alone, or nothing."""
     if not folder.is_dir():
@@ -184,8 +202,9 @@ def unclaiming(out: Path) -> Iterator[None]:
     try:
         yield
     except ExpungeError:
-        if [path.name for path in out.iterdir()] == [RECIPE_NAME]:
-            (out / RECIPE_NAME).unlink()
+        left = [path.name for path in out.iterdir()]
+        if left in ([RECIPE_NAME], [RECIPES_NAME]):
+            (out / left[0]).unlink()
             out.rmdir()
         raise
 

@@ -1,4 +1,4 @@
-"""Several runs, side by side in processes that share nothing.
+"""Several runs, and what is made of several, side by side in processes that share nothing.
 
 Every process keeps the benches of its last runs, so runs of one model and data set share the
 opened base and the boundaries. A run is resumable by itself, so an interrupted batch of jobs goes
@@ -10,12 +10,12 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from expunge.workbench import Workbench
 
 # One for each function of a batch; what a bench holds is a model and some boundaries.
-BENCHES = 2
+BENCHES = 3
 
 
 @dataclass(frozen=True)
@@ -61,56 +61,127 @@ class Job:
         return self.sum_of if self.control_of is None else (self.control_of,)
 
 
+@dataclass(frozen=True)
+class JointJob:
+    """Several recipes trained at once (`expunge.interference.joint`); it waits for nothing."""
+
+    recipes: tuple[Recipe, ...]
+    out: Path
+    fresh: bool = False
+    waits_for: tuple[Path, ...] = ()
+
+
+@dataclass(frozen=True)
+class SequenceJob:
+    """Several recipes trained one after the other (`expunge.interference.sequence`).
+
+    Attributes:
+        before: folder of the recipes before the last, waited for; None: trained here.
+    """
+
+    recipes: tuple[Recipe, ...]
+    out: Path
+    fresh: bool = False
+    before: Path | None = None
+
+    @property
+    def waits_for(self) -> tuple[Path, ...]:
+        """Folders of jobs that must be done before."""
+        return () if self.before is None else (self.before,)
+
+
+AnyJob = Job | JointJob | SequenceJob
+
+
 def default_workers(jobs: int) -> int:
     """A process a core, on a machine without a GPU; on one GPU, runs would only wait for it."""
     return 1 if torch.cuda.is_available() else max(1, min(jobs, os.cpu_count() or 1))
 
 
+Rescue = Callable[[AnyJob, ExpungeError], RunRecord | None]
+"""(job, its error) -> what counts as its record; None: the error stands."""
+
+
 def run_jobs(
-    jobs: Sequence[Job], *, workers: int | None = None, progress: Progress | None = None
+    jobs: Sequence[AnyJob],
+    *,
+    workers: int | None = None,
+    progress: Progress | None = None,
+    rescue: Rescue = lambda _job, _error: None,
+    ray: bool = False,
 ) -> list[RunRecord]:
     """Do all jobs; records in the order of the jobs.
 
     Args:
         workers: processes; None: a process a core. With one, everything happens in this process.
         progress: told of each finished run.
+        rescue: asked about each error.
+        ray: have a Ray cluster do the jobs; all its machines must see the same files.
 
     Raises:
-        ExpungeError: the first that a run met; runs that were finished stay finished.
+        ExpungeError: the first that a run met, and that was not rescued; runs that were finished
+            stay finished.
+        ResourceError: a process was killed, or Ray is not installed.
     """
     progress = progress or Silent()
     workers = default_workers(len(jobs)) if workers is None else workers
     with progress.phase("runs", len(jobs)) as advance:
-        if workers == 1:
-            found: dict[int, RunRecord] = {}
-            # What is made of runs waits for them; otherwise the given order.
-            for index in sorted(range(len(jobs)), key=lambda i: bool(jobs[i].waits_for)):
-                found[index] = _do(jobs[index])
-                advance(1, jobs[index].out.name)
-            return [found[index] for index in range(len(jobs))]
-        return _in_processes(jobs, workers, advance)
+        if ray:
+            from expunge.cluster import RayPool
+
+            return _in_pool(jobs, RayPool(), advance, rescue)
+        if workers > 1:
+            return _in_processes(jobs, workers, advance, rescue)
+        found: dict[int, RunRecord] = {}
+        waiting = dict(enumerate(jobs))
+        while waiting:
+            index = _ready(waiting, ())[0]
+            found[index] = _rescued(waiting.pop(index), rescue)
+            advance(1, _name(jobs[index]))
+        return [found[index] for index in range(len(jobs))]
 
 
-def _in_processes(jobs: Sequence[Job], workers: int, advance: Advance) -> list[RunRecord]:
+def _rescued(job: AnyJob, rescue: Rescue) -> RunRecord:
+    try:
+        return _do(job)
+    except ExpungeError as error:
+        record = rescue(job, error)
+        if record is None:
+            raise
+        return record
+
+
+def _name(job: AnyJob) -> str:
+    """What a job is told by: the last folders of its path."""
+    return "/".join(job.out.parts[-2:])
+
+
+def _ready(waiting: Mapping[int, AnyJob], running: Iterable[AnyJob]) -> list[int]:
+    """Numbers of the jobs that wait for no other, in the given order."""
+    unfinished = {job.out for job in (*waiting.values(), *running)}
+    ready = [index for index, job in waiting.items() if unfinished.isdisjoint(job.waits_for)]
+    assert ready or running, "a job cannot wait for itself"
+    return ready
+
+
+class Pool(Protocol):
+    """What does jobs elsewhere: an executor of `concurrent.futures`, or what looks like one."""
+
+    def submit(self, do: Callable[[AnyJob], Any], job: AnyJob) -> Future[Any]:
+        """Have a job done."""
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Start no more."""
+
+
+def _in_processes(
+    jobs: Sequence[AnyJob], workers: int, advance: Advance, rescue: Rescue
+) -> list[RunRecord]:
     context = multiprocessing.get_context("spawn")
     others = {*multiprocessing.active_children()}
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_prepare_process)
-    waiting = dict(enumerate(jobs))
-    futures: dict[Future[RunRecord | _Failure], int] = {}
-    found: dict[int, RunRecord] = {}
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=prepare_process)
     try:
-        while waiting or futures:
-            unfinished = {jobs[index].out for index in (*waiting, *futures.values())}
-            for index in [i for i, job in waiting.items() if unfinished.isdisjoint(job.waits_for)]:
-                futures[pool.submit(_try, waiting.pop(index))] = index
-            assert futures, "no job can wait for itself"
-            done, _ = wait(futures, return_when=FIRST_COMPLETED)
-            for future in done:
-                index, result = futures.pop(future), future.result()
-                if isinstance(result, _Failure):
-                    raise _KINDS[result.kind](**result.parts)
-                found[index] = result
-                advance(1, jobs[index].out.name)
+        return _in_pool(jobs, pool, advance, rescue)
     except BaseException as error:
         # Runs under way save their state and stop; those that wait never start.
         for process in {*multiprocessing.active_children()} - others:
@@ -120,6 +191,31 @@ def _in_processes(jobs: Sequence[Job], workers: int, advance: Advance) -> list[R
         raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _in_pool(
+    jobs: Sequence[AnyJob], pool: Pool, advance: Advance, rescue: Rescue
+) -> list[RunRecord]:
+    waiting = dict(enumerate(jobs))
+    futures: dict[Future[RunRecord | _Failure], int] = {}
+    found: dict[int, RunRecord] = {}
+    try:
+        while waiting or futures:
+            for index in _ready(waiting, [jobs[index] for index in futures.values()]):
+                futures[pool.submit(try_job, waiting.pop(index))] = index
+            done, _ = wait(futures, return_when=FIRST_COMPLETED)
+            for future in done:
+                index, result = futures.pop(future), future.result()
+                if isinstance(result, _Failure):
+                    error = _KINDS[result.kind](**result.parts)
+                    record = rescue(jobs[index], error)
+                    if record is None:
+                        raise error
+                    result = record
+                found[index] = result
+                advance(1, _name(jobs[index]))
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
     return [found[index] for index in range(len(jobs))]
 
 
@@ -133,13 +229,14 @@ def _worker_lost(workers: int) -> ResourceError:
 
 
 _benches: dict[str, Workbench] = {}
-_busy: list[Job] = []
+_busy: list[AnyJob] = []
 _KINDS: dict[str, type[ExpungeError]] = {
     name: kind for name, kind in vars(errors).items() if name.endswith("Error")
 }
 
 
-def _prepare_process() -> None:
+def prepare_process() -> None:
+    """Make a fresh process one of several that do jobs."""
     # The processes are the parallelism; more threads than cores make each of them wait.
     torch.set_num_threads(1)
     # Ctrl-C reaches all processes of a terminal; here the parent decides, and says so by SIGTERM.
@@ -161,7 +258,8 @@ class _Failure:
     parts: dict[str, str]
 
 
-def _try(job: Job) -> RunRecord | _Failure:
+def try_job(job: AnyJob) -> RunRecord | _Failure:
+    """A job's record, or its error."""
     _busy.append(job)
     try:
         return _do(job)
@@ -172,18 +270,33 @@ def _try(job: Job) -> RunRecord | _Failure:
         _busy.clear()
 
 
-def _do(job: Job) -> RunRecord:
+def _do(job: AnyJob) -> RunRecord:
     from expunge.compose import compose, control
+    from expunge.interference.joint import joint, joint_recipes
+    from expunge.interference.sequence import sequence
     from expunge.run import run
-    from expunge.workbench import Workbench
 
-    key = job.recipe.bench_key
-    bench = _benches.pop(key, None) or Workbench(job.recipe)
-    _benches[key] = bench  # the last in the order is the latest used
-    while len(_benches) > BENCHES:
-        _benches.pop(next(iter(_benches)))
+    if isinstance(job, JointJob):
+        benches = [_bench(recipe) for recipe in joint_recipes(job.recipes)]
+        return joint(job.recipes, job.out, benches=benches, fresh=job.fresh)
+    if isinstance(job, SequenceJob):
+        bench = _bench(job.recipes[0])
+        return sequence(job.recipes, job.out, before=job.before, bench=bench, fresh=job.fresh)
+    bench = _bench(job.recipe)
     if job.sum_of:
         return compose(job.recipe, job.sum_of, job.out, bench=bench, fresh=job.fresh)
     if job.control_of is not None:
         return control(job.recipe, job.control_of, job.out, bench=bench, fresh=job.fresh)
     return run(job.recipe, job.out, bench=bench, fresh=job.fresh)
+
+
+def _bench(recipe: Recipe) -> Workbench:
+    """This process's bench for a recipe: one that was used lately, or a new one."""
+    from expunge.workbench import Workbench
+
+    key = recipe.bench_key
+    bench = _benches.pop(key, None) or Workbench(recipe)
+    _benches[key] = bench  # the last in the order is the latest used
+    while len(_benches) > BENCHES:
+        _benches.pop(next(iter(_benches)))
+    return bench

@@ -6,8 +6,8 @@ Runs share the opened base and its boundaries; each leaves a patch.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,17 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expunge.cuts import Cut, Tokens, Where, cut_with_stores
+from expunge.cuts import Cut, Opened, Tokens, Where, cut_with_stores, depth_of, unpaired
 from expunge.defaults import SHALLOW, check_trained, default_lr, resolve_layers
 from expunge.edits import EDITS
-from expunge.errors import DataError, RecipeError
+from expunge.errors import RecipeError
 from expunge.functions import FUNCTIONS
 from expunge.functions.base import FunctionData
 from expunge.model.checkpoint import Checkpoint
 from expunge.model.patch import Patch, causal_lm_name
 from expunge.model.segment import LOGPROBS, Segment
 from expunge.model.shards import dtype_name
-from expunge.model.structure import Structure, find_structure
+from expunge.model.structure import find_structure
 from expunge.objectives import OBJECTIVES
 from expunge.objectives.base import Logprobs, Needs, Objective
 from expunge.probes.fit import fit_probes
@@ -35,7 +35,8 @@ from expunge.published import as_published, published, published_recipe
 from expunge.recipe import Recipe
 from expunge.registry import Entry, nearest, settings_of
 from expunge.steering import directions_for, probed_layers
-from expunge.training.loop import Stage, Trainer, TrainingResult, TrainingSettings
+from expunge.training.loop import Stage, Trainer, TrainingResult
+from expunge.training.settings import TrainingSettings
 from expunge.training.tradeoff import EXPLORING, Tradeoff, rule
 from expunge.training.watch import Watch
 
@@ -59,16 +60,6 @@ def method_of(recipe: Recipe) -> Entry[Any]:
             fix=nearest(name, known),
         )
     return objective_of(recipe)
-
-
-@dataclass(frozen=True)
-class Opened:
-    """A base in memory: its first layers, or the whole with its head."""
-
-    model: Any
-    tokenizer: Any
-    structure: Structure
-    whole: bool
 
 
 class Learning:
@@ -119,12 +110,7 @@ class Learning:
                 stage or Stage(),
                 lambda log: advance(1, f"loss {log.loss:.4f}"),
             )
-        if result.collapsed is not None:
-            self.progress.say(
-                f"what is to be kept fell below {recipe.collapse_floor:g} of the base's after "
-                f"{result.collapsed} steps: the run stopped, with its best state on validation, "
-                f"that of step {result.restored}"
-            )
+        tell_collapse(result, recipe.collapse_floor, self.progress)
         looks = len(watch.points) if watch is not None else 0
         return self.patch(recipe, result, looks=looks), result
 
@@ -139,9 +125,15 @@ class Learning:
         }
 
     def trainer(
-        self, recipe: Recipe, tradeoff: Tradeoff, watch: Watch | None, *, steps: int | None = None
+        self,
+        recipe: Recipe,
+        tradeoff: Tradeoff,
+        watch: Watch | None,
+        *,
+        steps: int | None = None,
+        beside: Sequence[Trainer] = (),
     ) -> Trainer:
-        """A trainer on this bench. ``steps``: if not the recipe's."""
+        """A trainer on this bench. ``steps``: if not the recipe's; ``beside``: see `Trainer`."""
         entry = objective_of(recipe)
         cut = self.cut(recipe)
         micro = 0 if recipe.micro_batch_size == "auto" else recipe.micro_batch_size
@@ -163,6 +155,7 @@ class Learning:
             twins=cut.twins,
             directions=self.where(recipe).directions,
             watch=watch,
+            beside=beside,
         )
 
     def patch(self, recipe: Recipe, result: TrainingResult, **more: Any) -> Patch:
@@ -199,7 +192,7 @@ class Learning:
         """The base cut for a recipe, with all the boundaries that its objective needs."""
         needs: Needs = objective_of(recipe).extras["needs"]
         where = self.where(recipe)
-        depth = None if reads_outputs(recipe) else _depth(where.captured)
+        depth = None if reads_outputs(recipe) else depth_of(where.captured)
         opened = self.opened(recipe.model, depth)
         twins = self._wants_twins(needs)
         texts = recipe.texts_needed
@@ -230,7 +223,7 @@ class Learning:
         n = self.checkpoint.n_layers
         if isinstance(needs, Logprobs):
             if needs.twin and not self.data.paired:
-                raise _unpaired(objective_of(recipe).name)
+                raise unpaired(objective_of(recipe).name)
             # The sources of these objectives train all layers.
             return Where(check_trained(recipe.trained_layers or range(n), n - 1), (LOGPROBS,))
         if needs.probes == "none":
@@ -332,16 +325,26 @@ class Learning:
 
     def opened(self, name: str, depth: int | None) -> Opened:
         """The base's first layers, or with None all and the head; opened anew only for more."""
-        opened = self._opened
-        if opened is None or not (
-            opened.whole or (depth is not None and opened.structure.n_layers >= depth)
-        ):
+        if not self.has_opened(depth):
             self._opened, self._cuts = None, {}
             with timed(self.timing, "load"):
                 model, tokenizer = self.open_model(name, depth)
                 self._opened = Opened(model, tokenizer, find_structure(model), depth is None)
         assert self._opened is not None
         return self._opened
+
+    def has_opened(self, depth: int | None) -> bool:
+        """Whether the base is open at least so deep."""
+        opened = self._opened
+        if opened is None or opened.whole:
+            return opened is not None
+        return depth is not None and opened.structure.n_layers >= depth
+
+    def adopt(self, opened: Opened) -> None:
+        """Work on the base that another side has opened: runs trained together share one model."""
+        if self._opened is not opened:
+            self.release()
+            self._opened = opened
 
     def check_dtype(self, model: Any, weights: Mapping[str, Tensor]) -> None:
         """A delta to weights that were rounded on reading would not belong to those on disk.
@@ -388,16 +391,11 @@ def reads_outputs(recipe: Recipe) -> bool:
     return recipe.tradeoff in EXPLORING and recipe.reward != "representation"
 
 
-def _depth(captured: tuple[int, ...]) -> int | None:
-    """How many layers must be opened to read these; None: all, and the head."""
-    return None if LOGPROBS in captured else max(captured) + 1
-
-
-def _unpaired(objective: str) -> DataError:
-    return DataError(
-        what=f"The objective {objective} needs pairs",
-        got="texts without another wording",
-        allowed="pairs of a toxic and a neutral wording, or knowledge with refusals",
-        fix="give --pairs, for knowledge --set refusals=FILE, or choose an objective that needs "
-        "none",
-    )
+def tell_collapse(result: TrainingResult, floor: float, progress: Progress) -> None:
+    """Say that a run was stopped because the rest was lost, if it was."""
+    if result.collapsed is not None:
+        progress.say(
+            f"what is to be kept fell below {floor:g} of the base's after "
+            f"{result.collapsed} steps: the run stopped, with its best state on validation, "
+            f"that of step {result.restored}"
+        )

@@ -21,8 +21,8 @@ from expunge.files import write_text
 from expunge.objectives.targets import TargetKind
 from expunge.probes.probe import Pooling, ProbeKind
 from expunge.registry import nearest
-from expunge.training.loop import LrSchedule
 from expunge.training.seen import FirstToken
+from expunge.training.settings import LrSchedule
 from expunge.training.tradeoff import EXPLORING, TradeoffKind
 
 Auto = Literal["auto"]

@@ -157,7 +157,7 @@ def measured(
     training = patch.metadata["training"]
     # The file's time is the whole run's, an interrupted part included only where it was saved.
     timing = {"evaluate": 0.0, **training["timing"]}
-    reads = dict(reads) or {"validation": _looks(training), "test": 0}
+    reads = dict(reads) or {"validation": looks_of(training), "test": 0}
     found = Measurements()
     if recipe.evaluate:
         with timed(timing, "evaluate"):
@@ -176,7 +176,7 @@ def measured(
     )
 
 
-def _looks(training: Mapping[str, Any]) -> int:
+def looks_of(training: Mapping[str, Any]) -> int:
     """How often training looked at validation, calibration included."""
     tried = training.get("calibration", {}).get("tried", ())
     return int(training.get("looks", 0)) + sum(len(one["points"]) for one in tried)

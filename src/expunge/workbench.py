@@ -28,8 +28,10 @@ from expunge.measuring import Artefact, Measurements, Measuring
 from expunge.metalearning.calibration import CALIBRATION_NAME, Calibration, calibrate
 from expunge.metalearning.exploring import explore
 from expunge.metalearning.looking import guard
+from expunge.model.apply import part_within
 from expunge.model.checkpoint import Checkpoint, open_model, open_tokenizer
 from expunge.model.patch import BaseTensor, Patch
+from expunge.model.shards import fingerprint
 from expunge.objectives.base import Activations, Logprobs
 from expunge.presets import find_preset
 from expunge.progress import Progress, Silent, timed
@@ -47,12 +49,17 @@ class Workbench:
 
     Runs may differ in everything that does not change data, base or device
     (`Recipe.bench_key`). Nothing is loaded before it is needed.
+
+    Attributes:
+        start: what the base is changed by before anything is learned of it; the patches of this
+            bench come on top. Measuring knows nothing of it.
     """
 
     recipe: Recipe
     progress: Progress = field(default_factory=Silent)
     timing: dict[str, float] = field(default_factory=dict)
     spill_directory: Path | None = None
+    start: Patch | None = None
     _calibrations: dict[str, Calibration | None] = field(default_factory=dict)
 
     @cached_property
@@ -84,7 +91,7 @@ class Workbench:
         return Learning(
             self.checkpoint,
             self.data,
-            open_model=self._open,
+            open_model=self._open_to_learn,
             progress=self.progress,
             timing=self.timing,
             spill_directory=self.spill_directory,
@@ -275,6 +282,10 @@ class Workbench:
             "directions": self._directions(settled),
             "versions": [torch.__version__, sklearn.__version__],
         }
+        if self.start is not None:
+            facts["start"] = {
+                name: fingerprint(delta, delta.dtype) for name, delta in self.start.deltas.items()
+            }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def provenance(self, recipe: Recipe, patch: Artefact) -> dict[str, Any]:
@@ -309,6 +320,14 @@ class Workbench:
             device=self.device,
             trust_remote_code=self.recipe.trust_remote_code,
         )
+
+    def _open_to_learn(self, name: str, layers: int | None = None) -> tuple[Any, Any]:
+        """As `_open`, with what the base is changed by before."""
+        model, tokenizer = self._open(name, layers)
+        if self.start is not None:
+            start = self.start if layers is None else part_within(self.start, model)
+            start.apply_(model)
+        return model, tokenizer
 
 
 def _base(artefact: Artefact) -> Mapping[str, BaseTensor]:

@@ -8,6 +8,7 @@ Shapes: B batch, T tokens, D hidden size, N counted tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -50,25 +51,35 @@ def content_term(updated: Any, numbers: Sequence[int]) -> Tensor:
     return functional.cross_entropy(logits_BTV[:, :-1].transpose(1, 2), labels_BT)
 
 
-def by_the_book(name: str, trained: tuple[int, ...], *, twins: bool) -> textbook.Textbook:
-    def step(updated: Any, frozen: Any, forget: Sequence[int], retain: Sequence[int]) -> Tensor:
-        total = torch.zeros(())
-        for texts, numbers, term, weight in (
-            (FORGET, forget, forget_term, 1.0),
-            (RETAIN, retain, retain_term, ALPHA),
-        ):
-            ids_BT, mask_BT = batch_of(texts, numbers)
-            counted_BT = mask_BT.clone()
-            counted_BT[:, 0] = texts is RETAIN
-            with torch.no_grad():
-                before = hidden(name, frozen, ids_BT, mask_BT, READ)
-            now = hidden(name, updated, ids_BT, mask_BT, READ)
-            for w, h_BTD, h0_BTD in zip(DIRECTIONS.values(), now, before, strict=True):
-                found = term(h_BTD[counted_BT], h0_BTD[counted_BT], w)
-                total = total + weight * w.weight * found / len(READ)
-        return total + CONTENT * content_term(updated, forget) if twins else total
+def loss(
+    name: str,
+    updated: Any,
+    frozen: Any,
+    forget: Sequence[int],
+    retain: Sequence[int],
+    *,
+    twins: bool,
+) -> Tensor:
+    """The weighed loss of one step, on two whole models."""
+    total = torch.zeros(())
+    for texts, numbers, term, weight in (
+        (FORGET, forget, forget_term, 1.0),
+        (RETAIN, retain, retain_term, ALPHA),
+    ):
+        ids_BT, mask_BT = batch_of(texts, numbers)
+        counted_BT = mask_BT.clone()
+        counted_BT[:, 0] = texts is RETAIN
+        with torch.no_grad():
+            before = hidden(name, frozen, ids_BT, mask_BT, READ)
+        now = hidden(name, updated, ids_BT, mask_BT, READ)
+        for w, h_BTD, h0_BTD in zip(DIRECTIONS.values(), now, before, strict=True):
+            found = term(h_BTD[counted_BT], h0_BTD[counted_BT], w)
+            total = total + weight * w.weight * found / len(READ)
+    return total + CONTENT * content_term(updated, forget) if twins else total
 
-    return textbook.train(name, step, trained)
+
+def by_the_book(name: str, trained: tuple[int, ...], *, twins: bool) -> textbook.Textbook:
+    return textbook.train(name, partial(loss, name, twins=twins), trained)
 
 
 def bench(name: str, trained: tuple[int, ...], *, twins: bool, **more: Any) -> tiny.Bench:

@@ -11,12 +11,11 @@ but measured as the result of the run is, on its test split:
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
-from expunge.records import RunRecord, Score, Values
+from expunge.records import RunRecord
 
 Status = Literal["measured", "diverged", "missing"]
 RETAIN_PARTS = ("retain_accuracy", "perplexity", "neutral_nll")

@@ -10,11 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
+from torch import nn
 
 from expunge.errors import ModelError, PatchError, ResourceError
 from expunge.files import disk_errors, write_json
 from expunge.model.checkpoint import Checkpoint
-from expunge.model.patch import BaseTensor, Patch, add, mismatch
+from expunge.model.patch import BaseTensor, Patch, add, causal_lm_name, mismatch
 from expunge.model.shards import (
     BLOCK_BYTES,
     FLOATS,
@@ -33,6 +34,13 @@ WEIGHT_SUFFIXES = {
 }
 
 Progress = Callable[[int, int], None]
+
+
+def part_within(patch: Patch, model: nn.Module) -> Patch:
+    """The part of a patch that touches layers which a model, opened truncated, has."""
+    has = {causal_lm_name(model, name) for name, _ in model.named_parameters()}
+    deltas = {name: delta for name, delta in patch.deltas.items() if name in has}
+    return Patch(deltas, {name: patch.base[name] for name in deltas}, patch.metadata)
 
 
 def apply_patch(

@@ -252,19 +252,24 @@ class Segment:
         return captured
 
     @contextmanager
-    def training(self) -> Iterator[dict[str, nn.Parameter]]:
-        """Gradients for the trained weights only; on exit the original weights are put back."""
+    def training(self, others: Sequence[Segment] = ()) -> Iterator[dict[str, nn.Parameter]]:
+        """Gradients for the trained weights only; on exit the original weights are put back.
+
+        Args:
+            others: segments of the same model whose weights are trained too.
+        """
+        weights = {name: p for one in (self, *others) for name, p in one.weights.items()}
         before = [(p, p.requires_grad) for p in self.model.parameters()]
-        originals = {name: p.detach().clone() for name, p in self.weights.items()}
+        originals = {name: p.detach().clone() for name, p in weights.items()}
         try:
             for parameter, _ in before:
                 parameter.requires_grad_(False)
-            for parameter in self.weights.values():
+            for parameter in weights.values():
                 parameter.requires_grad_(True)
-            yield self.weights
+            yield weights
         finally:
             with torch.no_grad():
-                for name, parameter in self.weights.items():
+                for name, parameter in weights.items():
                     parameter.copy_(originals[name])
                     parameter.grad = None
             for parameter, flag in before:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,10 +17,11 @@ from expunge.model.boundaries import BoundaryStore
 from expunge.model.memory import is_out_of_memory
 from expunge.model.segment import Segment
 from expunge.objectives.base import Activations, Direction, Loss, Needs, Objective
-from expunge.objectives.targets import TargetKind, Targets
+from expunge.objectives.targets import Targets
 from expunge.training.checks import check_finite, check_moved, check_varies, is_finite
 from expunge.training.log import StepLog, append_step, read_losses, write_losses
-from expunge.training.seen import FirstToken, Order, Sight, share
+from expunge.training.seen import Order, Sight, share
+from expunge.training.settings import TrainingSettings
 from expunge.training.state import Optimiser, TrainingState
 from expunge.training.tradeoff import Dials, Tradeoff
 from expunge.training.watch import Watch
@@ -30,44 +30,7 @@ WITH_REFERENCE = Activations(forget_reference=True)
 # Steps between looks at what an objective watches besides its loss.
 WATCH_EVERY = 5
 
-LrSchedule = Literal["linear", "constant"]
-
-
-@dataclass(frozen=True)
-class TrainingSettings:
-    """How one run trains.
-
-    Attributes:
-        steps: optimiser steps.
-        lr: AdamW's learning rate, at the first step.
-        lr_schedule: ``linear`` lowers it to zero over the run, which lets the retain term settle;
-            ``constant`` is RMU's.
-        batch_size: forget texts, and retain texts, behind one step.
-        micro_batch_size: texts that go through the segment together; 0: all of the batch, halved
-            when memory runs out. The gradient is accumulated, so the step stays the same.
-        weight_decay: AdamW's, 0 by default: decay would move weights that no term asks to move.
-        seed: of the batches' order, the targets and the noise.
-        target: kind of target direction.
-        rna_noise: standard deviation of the noise on the retain reference.
-        first_token: whose first token counts. It is the attention sink in many models, with a
-            norm far above all others and the same for every text, so steering it away would break
-            retain texts as well; by default only the retain term sees it.
-        master_weights: keep float32 copies of narrower weights.
-        save_every: steps between saved states.
-    """
-
-    steps: int
-    lr: float
-    batch_size: int
-    lr_schedule: LrSchedule = "linear"
-    micro_batch_size: int = 0
-    weight_decay: float = 0.0
-    seed: int = 0
-    target: TargetKind = "positive"
-    rna_noise: float = 0.0
-    first_token: FirstToken = "retain"
-    master_weights: bool = True
-    save_every: int = 25
+_TERMS = ("loss", "forget", "retain")
 
 
 @dataclass(frozen=True)
@@ -100,6 +63,28 @@ class Stage:
     context: str = ""
 
 
+@dataclass(frozen=True)
+class _Part:
+    """What one trainer did at a step: its topic, its dials, its terms and what it watches."""
+
+    topic: int
+    dials: Dials
+    values: dict[str, float]
+
+
+class _HalvedError(Exception):
+    """The pieces of a step have become smaller: it begins again."""
+
+
+def _together(parts: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Terms added up; where there are several trainers, those of each beside them: ``2/forget``."""
+    if len(parts) == 1:
+        return dict(parts[0])
+    sums = {name: sum(part[name] for part in parts) for name in _TERMS}
+    each = {f"{n}/{name}": part[name] for n, part in enumerate(parts, 1) for name in part}
+    return sums | each
+
+
 class Trainer:
     """One run over prepared boundaries.
 
@@ -115,6 +100,10 @@ class Trainer:
             topic.
         directions: layer -> what its probe found.
         watch: looks at validation on the way; None: no looks.
+        beside: trainers over other segments of the same model. Their gradients are added at each
+            step, each by its own objective, batches and trade-off; steps, learning rate and the
+            rest of the optimiser are this trainer's, and the looks too. All segments must have
+            the same first trained layer, or boundaries would go stale.
     """
 
     def __init__(
@@ -130,9 +119,13 @@ class Trainer:
         twins: BoundaryStore | None = None,
         directions: Mapping[int, Direction] | None = None,
         watch: Watch | None = None,
+        beside: Sequence[Trainer] = (),
     ) -> None:
-        self.watch = watch
-        self.segment, self.forget, self.retain = segment, forget, retain
+        assert all(one.segment.model is segment.model for one in beside)
+        assert all(one.segment.first == segment.first for one in beside)
+        self.watch, self.beside = watch, tuple(beside)
+        self.segment: Segment = segment
+        self.forget, self.retain = forget, retain
         self.objective, self.tradeoff, self.settings = objective, tradeoff, settings
         self.sight = Sight(
             segment,
@@ -164,7 +157,7 @@ class Trainer:
                 changed, or the loss is constant.
             ResourceError: out of memory with a single text at a time.
         """
-        with self.segment.training() as weights:
+        with self.segment.training([one.segment for one in self.beside]) as weights:
             optimiser = Optimiser(
                 weights,
                 weight_decay=self.settings.weight_decay,
@@ -211,23 +204,9 @@ class Trainer:
 
     def _step(self, step: int, optimiser: Optimiser) -> StepLog:
         start = time.perf_counter()
-        topic = step % len(self.forget)
-        forget = self._forget_order[topic].batch(step // len(self.forget))
-        retain = self._retain_order.batch(step)
-        if step == 0:
-            self.sight.remember_norms(topic, forget)
-        points = self.watch.points if self.watch is not None else {}
-        dials = self.tradeoff.at(step, self.settings.steps, points)
-        while True:
-            optimiser.zero_grad()
-            try:
-                values = self._accumulate(step, topic, forget, retain, dials)
-                break
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                self._halve(error, len(forget), len(retain))
+        parts = self._gradients(step, optimiser)
         norm = optimiser.gradient_norm()
+        values = _together([part.values for part in parts])
         if not all(map(math.isfinite, (norm, *values.values()))):
             raise DivergedError(
                 what=f"The loss or its gradient is not finite at step {step}",
@@ -235,8 +214,9 @@ class Trainer:
                 allowed="finite numbers",
                 fix="lower lr; the state before this step is kept in the run's folder",
             )
+        topic, dials = parts[0].topic, parts[0].dials
         optimiser.step(self._lr(step, dials))
-        loss, forgotten, kept = (values.pop(key) for key in ("loss", "forget", "retain"))
+        loss, forgotten, kept = (values.pop(key) for key in _TERMS)
         seconds = time.perf_counter() - start
         return StepLog(
             step,
@@ -249,6 +229,32 @@ class Trainer:
             logs=values,
             knobs=dict(dials.knobs),
         )
+
+    def _gradients(self, step: int, optimiser: Optimiser) -> list[_Part]:
+        """Gradients of one step, of this trainer and of those beside it, added up."""
+        while True:
+            optimiser.zero_grad()
+            try:
+                return [one._add_gradients(step) for one in (self, *self.beside)]
+            except _HalvedError:
+                continue
+
+    def _add_gradients(self, step: int) -> _Part:
+        """Add this trainer's gradients of one step. Raises _HalvedError where memory ran out."""
+        topic = step % len(self.forget)
+        forget = self._forget_order[topic].batch(step // len(self.forget))
+        retain = self._retain_order.batch(step)
+        if step == 0:
+            self.sight.remember_norms(topic, forget)
+        points = self.watch.points if self.watch is not None else {}
+        dials = self.tradeoff.at(step, self.settings.steps, points)
+        try:
+            return _Part(topic, dials, self._accumulate(step, topic, forget, retain, dials))
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            self._halve(error, len(forget), len(retain))
+        raise _HalvedError
 
     def _watched(self, step: int) -> bool:
         return step % WATCH_EVERY == 0 or step + 1 == self.settings.steps
@@ -332,6 +338,7 @@ class Trainer:
                 first_norm=self.sight.first_norm,
                 micro_batch_size=self.micro_batch_size,
                 context=stage.context,
+                beside=[(one.sight.first_norm, one.micro_batch_size) for one in self.beside],
                 best=self.watch.best if self.watch is not None else {},
             ).save(stage.state)
 
@@ -355,6 +362,8 @@ class Trainer:
         optimiser.restore(state.optimiser, steps=state.step)
         self.sight.first_norm = dict(state.first_norm)
         self.micro_batch_size = state.micro_batch_size
+        for one, (first_norm, micro_batch_size) in zip(self.beside, state.beside, strict=True):
+            one.sight.first_norm, one.micro_batch_size = dict(first_norm), micro_batch_size
         log = read_losses(stage.losses)[: state.step] if stage.losses is not None else []
         if len(log) < state.step:
             raise TrainingError(

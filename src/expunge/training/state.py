@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,6 +28,7 @@ class TrainingState:
         micro_batch_size: texts that went through the segment together; 0: the whole batch.
         context: fingerprint of everything the run depends on: settings, data, base weights.
         best: weights of the best state that looks at validation found; empty without looks.
+        beside: ``first_norm`` and ``micro_batch_size`` of each trainer beside the first.
     """
 
     step: int
@@ -36,6 +38,7 @@ class TrainingState:
     micro_batch_size: int
     context: str = ""
     best: Mapping[str, Tensor] = field(default_factory=dict)
+    beside: Sequence[tuple[Mapping[int, float], int]] = ()
 
     def save(self, path: Path) -> None:
         """Write the state as safetensors, atomically."""
@@ -44,9 +47,10 @@ class TrainingState:
         tensors |= {f"best/{name}": tensor for name, tensor in self.best.items()}
         facts = {
             "step": self.step,
-            "first_norm": {str(layer): norm for layer, norm in self.first_norm.items()},
+            "first_norm": _norms(self.first_norm, str),
             "micro_batch_size": self.micro_batch_size,
             "context": self.context,
+            "beside": [[_norms(norms, str), micro] for norms, micro in self.beside],
         }
         contiguous = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
         save_tensors(path, contiguous, {"state": json.dumps(facts)})
@@ -62,10 +66,13 @@ class TrainingState:
                 step=int(facts["step"]),
                 weights=_under(tensors, "weights/"),
                 optimiser=_under(tensors, "optimiser/"),
-                first_norm={int(layer): norm for layer, norm in facts["first_norm"].items()},
+                first_norm=_norms(facts["first_norm"], int),
                 micro_batch_size=int(facts["micro_batch_size"]),
                 context=str(facts["context"]),
                 best=_under(tensors, "best/"),
+                beside=[
+                    (_norms(norms, int), int(micro)) for norms, micro in facts.get("beside", ())
+                ],
             )
         except (SafetensorError, AttributeError, OSError, KeyError, TypeError, ValueError) as error:
             raise TrainingError(
@@ -74,6 +81,11 @@ class TrainingState:
                 allowed="the file that an interrupted run left behind",
                 fix="start again with --fresh",
             ) from error
+
+
+def _norms(norms: Mapping[Any, float], key: type[Any]) -> dict[Any, float]:
+    """Layer -> norm with the layers as JSON has them, text, or as numbers."""
+    return {key(layer): norm for layer, norm in norms.items()}
 
 
 def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
