@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from small_world import write_lines
 
+from expunge.model.patch import Patch
 from expunge.model.segment import Segment
 from expunge.recipe import Recipe
+from expunge.run import run
 from expunge.workbench import Workbench
 
 OBJECTIVES = ("rmu", "cosine-rmu", "rmu", "rerouting")
@@ -35,6 +38,17 @@ def test_refusals_make_another_bench_and_another_run(world):
     plain, refusing = recipe(world), recipe(world, refusals="idk.txt")
     assert plain.bench_key != refusing.bench_key
     assert plain.fingerprint != refusing.fingerprint
+
+
+def test_a_knowledge_run_on_pairs_tells_of_its_refusals(world, tmp_path):
+    refusals = write_lines(tmp_path / "idk.txt", ["w1 w2 w3", "w4 w5"])
+    asked = recipe(world, objective="dpo", layer="auto", refusals=str(refusals))
+    record = run(asked, tmp_path / "out")
+    assert str(refusals) in record.provenance["data"]
+    patch = Patch.load(tmp_path / "out" / "patch.safetensors")
+    assert patch.metadata["recipe"]["refusals"] == "idk.txt"
+    assert patch.norm() > 0 and record.score("forget_nll", "patched") is not None
+    assert run(asked, tmp_path / "out").to_dict() == record.to_dict()
 
 
 def test_objectives_share_a_bench(world):

@@ -76,7 +76,7 @@ def graddiff(forget: Captured, retain: Captured) -> Loss:
     "formula, where the repository multiplies the two",
     needs=Logprobs(forget_reference=False),
     retain_weight=1.0,
-    knobs=(Knob("beta", 0.1, 10.0), Knob("gamma", 0.0, 2.0, scale="linear")),
+    knobs=(Knob("beta", 0.1, 10.0),),
 )
 def simnpo(forget: Captured, retain: Captured, *, beta: float = 2.5, gamma: float = 0.0) -> Loss:
     """Simple NPO: −(2/β) log σ(−(β/|x|) log π(x) − γ) on forget texts, |x| the tokens that count.
@@ -89,7 +89,7 @@ def simnpo(forget: Captured, retain: Captured, *, beta: float = 2.5, gamma: floa
         forget: log-probabilities of forget texts.
         retain: log-probabilities of retain texts, with the original's to watch.
         beta: how early the loss flattens, per nat/token; above 0. The paper: 2.5 for TOFU, 5.5 for
-            WMDP.
+            WMDP. A text of n nats/token is pushed by σ(γ − β·n): choose β against the base's n.
         gamma: margin: the loss flattens γ/β nats/token later. The paper: 0.
     """
     _check(beta, usual=2.5)
