@@ -167,7 +167,7 @@ def _ready(waiting: Mapping[int, AnyJob], running: Iterable[AnyJob]) -> list[int
 class Pool(Protocol):
     """What does jobs elsewhere: an executor of `concurrent.futures`, or what looks like one."""
 
-    def submit(self, do: Callable[[AnyJob], Any], job: AnyJob) -> Future[Any]:
+    def submit(self, do: Callable[[AnyJob], Any], job: AnyJob, /) -> Future[Any]:
         """Have a job done."""
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:

@@ -19,7 +19,7 @@ from expunge.demo import demo_recipe, toxicity_recipe
 from expunge.edits import EDITS
 from expunge.errors import RecipeError
 from expunge.learning import method_of
-from expunge.miniature import check_data, write_refusals
+from expunge.miniature import check_data
 from expunge.recipe import Recipe, read_settings
 from expunge.registry import nearest
 from expunge.training.tradeoff import default_episode_steps
@@ -151,7 +151,7 @@ def settled(recipe: Recipe, training: Mapping[str, Any]) -> Recipe:
 def miniature_plan(data: Path, *, quick: bool = False, **changes: Any) -> ComparisonPlan:
     """The built-in comparison; the miniature's world is written to ``data``."""
     check_data().write(data)
-    refusals = {"refusals": str(write_refusals(data))}
+    refusals = {"refusals": str(data / "refusals.txt")}
     common = {"steps": 60, "front_size": 3, "calibrate": False}
     base: dict[str, Any] = {"tradeoff": "fixed", "lr": "auto", "retain_weight": None}
     base |= {"objective": None, "objective_settings": {}, "layer": "auto", **common}
