@@ -2,7 +2,7 @@
 
 AdamW is indifferent to the scale of a loss, so the scale of an objective that was tuned alone says
 nothing. In a plain sum the loss with the larger numbers would take all: on the miniature the
-gradient of the probes' is some 200 times that of a cosine.
+probes' gradient is 300 times the cosine's at the first step.
 
 Each loss's gradient is divided by the root mean square of its norms so far, its own the last: what
 AdamW would do to it alone, for all matrices together. Source: our own; of the family of GradNorm
