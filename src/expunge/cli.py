@@ -232,6 +232,53 @@ def demo(
         print_demo(console.stdout, summary)
 
 
+Recipes = Annotated[
+    list[Path],
+    typer.Argument(metavar="RECIPE RECIPE…", help="Recipes in YAML, of one model."),
+]
+OutDir = Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Folder of the result.")]
+
+
+@app.command()
+def joint(recipes: Recipes, out: OutDir, fresh: Fresh = False, as_json: Json = False) -> None:
+    """Train several recipes at once on one model, and measure the patch by each.
+
+    At each step the gradients of all losses add up. Steps, learning rate and
+    the rest of the optimiser are the first recipe's.
+    """
+    from expunge.interference import joint as train
+
+    _combine(train, recipes, out, fresh, as_json)
+
+
+@app.command()
+def sequence(recipes: Recipes, out: OutDir, fresh: Fresh = False, as_json: Json = False) -> None:
+    """Train recipes one after the other on one model, and measure the patch by each.
+
+    Each is trained on the model as the ones before left it.
+    """
+    from expunge.interference import sequence as train
+
+    _combine(train, recipes, out, fresh, as_json)
+
+
+def _combine(train: Any, paths: list[Path], out: Path, fresh: bool, as_json: bool) -> None:
+    from expunge.interference import measured_by_each
+    from expunge.recipe import Recipe
+
+    with console.resumable():
+        recipes, progress = [Recipe.load(path) for path in paths], console.progress()
+        record = train(recipes, out, progress=progress, fresh=fresh)
+        measured = measured_by_each(recipes, out, progress=progress, fresh=fresh)
+    if as_json:
+        scores = {where.name: one.to_dict() for where, one in measured.items()}
+        console.print_json({"out": str(out), **record.to_dict(), "measured": scores})
+        return
+    for where, one in {out: record, **measured}.items():
+        console.show_run(where, one)
+    console.say(f"run directory: {out}")
+
+
 @app.command()
 def pick(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run that left a front.")],

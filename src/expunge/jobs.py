@@ -63,11 +63,16 @@ class Job:
 
 @dataclass(frozen=True)
 class JointJob:
-    """Several recipes trained at once (`expunge.interference.joint`); it waits for nothing."""
+    """Several recipes trained at once (`expunge.interference.joint`); it waits for nothing.
+
+    Attributes:
+        balance: whether the gradients of the losses are brought to one size.
+    """
 
     recipes: tuple[Recipe, ...]
     out: Path
     fresh: bool = False
+    balance: bool = True
     waits_for: tuple[Path, ...] = ()
 
 
@@ -278,7 +283,7 @@ def _do(job: AnyJob) -> RunRecord:
 
     if isinstance(job, JointJob):
         benches = [_bench(recipe) for recipe in joint_recipes(job.recipes)]
-        return joint(job.recipes, job.out, benches=benches, fresh=job.fresh)
+        return joint(job.recipes, job.out, benches=benches, balance=job.balance, fresh=job.fresh)
     if isinstance(job, SequenceJob):
         bench = _bench(job.recipes[0])
         return sequence(job.recipes, job.out, before=job.before, bench=bench, fresh=job.fresh)

@@ -132,8 +132,9 @@ class Learning:
         *,
         steps: int | None = None,
         beside: Sequence[Trainer] = (),
+        balance: bool = True,
     ) -> Trainer:
-        """A trainer on this bench. ``steps``: if not the recipe's; ``beside``: see `Trainer`."""
+        """A trainer on this bench. ``steps``: if not the recipe's; for the rest see `Trainer`."""
         entry = objective_of(recipe)
         cut = self.cut(recipe)
         micro = 0 if recipe.micro_batch_size == "auto" else recipe.micro_batch_size
@@ -156,6 +157,7 @@ class Learning:
             directions=self.where(recipe).directions,
             watch=watch,
             beside=beside,
+            balance=balance,
         )
 
     def patch(self, recipe: Recipe, result: TrainingResult, **more: Any) -> Patch:

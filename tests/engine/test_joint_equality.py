@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import test_equality
+import test_probe_equality
 import torch
 from torch import Tensor
 
-import test_equality
-import test_probe_equality
 import textbook
 import tiny
 from expunge.model.boundaries import BoundaryStore
@@ -22,7 +23,7 @@ from expunge.objectives.targets import Targets
 from expunge.training.loop import Stage, Trainer, TrainingResult
 from expunge.training.settings import TrainingSettings
 from expunge.training.state import TrainingState
-from expunge.training.tradeoff import Fixed
+from expunge.training.tradeoff import Dials, Fixed
 from textbook import BATCH, LR, SEED, STEPS, assert_equal, batch_of, hidden
 
 LAYER = 2
@@ -40,23 +41,31 @@ def cosine_loss(updated: Any, frozen: Any, forget: Sequence[int], retain: Sequen
         (frozen_BTD,) = hidden("llama", frozen, retain_ids, retain_mask, [LAYER])
     (forget_BTD,) = hidden("llama", updated, forget_ids, forget_mask, [LAYER])
     (retain_BTD,) = hidden("llama", updated, retain_ids, retain_mask, [LAYER])
-    return test_equality.cosine_rmu(
-        forget_BTD, retain_BTD, frozen_BTD, counted, retain_mask, u_D
-    )
+    return test_equality.cosine_rmu(forget_BTD, retain_BTD, frozen_BTD, counted, retain_mask, u_D)
 
 
 def probe_loss(updated: Any, frozen: Any, forget: Sequence[int], retain: Sequence[int]) -> Tensor:
-    return test_probe_equality.loss(
-        "llama", updated, frozen, forget, retain, twins=True
-    )
+    return test_probe_equality.loss("llama", updated, frozen, forget, retain, twins=True)
 
 
-def by_the_book() -> textbook.Textbook:
+def by_the_book(*, balance: bool) -> textbook.Textbook:
+    """The sum of both losses; with ``balance`` each over the RMS of its gradient norms so far."""
+    squares: list[list[float]] = [[], []]
+    plain: list[float] = []
+
     def step(updated: Any, frozen: Any, forget: Sequence[int], retain: Sequence[int]) -> Tensor:
-        given = (updated, frozen, forget, retain)
-        return cosine_loss(*given) + probe_loss(*given)
+        losses = [loss(updated, frozen, forget, retain) for loss in (cosine_loss, probe_loss)]
+        plain.append(sum(loss.item() for loss in losses))
+        weights = [p for p in updated.parameters() if p.requires_grad]
+        sizes = [1.0, 1.0]
+        for n, loss in enumerate(losses) if balance else ():
+            found = torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True)
+            squares[n].append(sum(float(g.square().sum()) for g in found if g is not None))
+            sizes[n] = (sum(squares[n]) / len(squares[n])) ** 0.5
+        return losses[0] / sizes[0] + losses[1] / sizes[1]
 
-    return textbook.train("llama", step, TRAINED)
+    book = textbook.train("llama", step, TRAINED)
+    return replace(book, losses=plain)
 
 
 def stores(segment: Segment) -> list[BoundaryStore]:
@@ -66,6 +75,16 @@ def stores(segment: Segment) -> list[BoundaryStore]:
     for store in found:
         store.compute()
     return found
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """Both terms of the probes' loss, times a number."""
+
+    scale: float
+
+    def at(self, step: int, steps: int, points: Any) -> Dials:
+        return Dials(self.scale, self.scale * test_probe_equality.ALPHA)
 
 
 class Two:
@@ -78,9 +97,11 @@ class Two:
         _, self.high = tiny.cut(self.model, trained=TRAINED, captured=read)
         self.low_stores, self.high_stores = stores(self.low), stores(self.high)
 
-    def trainer(self, **more: Any) -> Trainer:
+    def trainer(self, *, balance: bool = True, **more: Any) -> Trainer:
         beside = self._one("multi-layer-probe", self.high, self.high_stores, **more)
-        return self._one("cosine-rmu", self.low, self.low_stores, beside=[beside], **more)
+        return self._one(
+            "cosine-rmu", self.low, self.low_stores, beside=[beside], balance=balance, **more
+        )
 
     def _one(
         self,
@@ -88,6 +109,7 @@ class Two:
         segment: Segment,
         texts: list[BoundaryStore],
         beside: Sequence[Trainer] = (),
+        balance: bool = True,
         **more: Any,
     ) -> Trainer:
         entry = OBJECTIVES.get(objective)
@@ -106,6 +128,7 @@ class Two:
             twins=texts[2] if probes else None,
             directions=test_probe_equality.DIRECTIONS if probes else None,
             beside=beside,
+            balance=balance,
         )
 
 
@@ -115,19 +138,36 @@ def two() -> Two:
 
 
 @pytest.mark.parametrize("micro_batch_size", [0, 3])
-def test_same_matrices_as_the_textbook(two: Two, micro_batch_size: int) -> None:
+@pytest.mark.parametrize("balance", [True, False])
+def test_same_matrices_as_the_textbook(two: Two, micro_batch_size: int, balance: bool) -> None:
     """Also above the layer that the first objective reads, by the head's gradient."""
-    assert_equal(two.trainer(micro_batch_size=micro_batch_size).run(), by_the_book())
+    ours = two.trainer(micro_batch_size=micro_batch_size, balance=balance).run()
+    assert_equal(ours, by_the_book(balance=balance))
 
 
 def test_the_comparison_notices_a_missing_loss(two: Two) -> None:
-    """Control: either loss alone ends far away."""
-    book = by_the_book()
-    for alone in (two.trainer().beside[0], two._one("cosine-rmu", two.low, two.low_stores)):
-        ours = alone.run()
+    """Control: either loss alone, and the sum without balance, end far away."""
+    book = by_the_book(balance=True)
+    alone = two._one("cosine-rmu", two.low, two.low_stores)
+    for trainer in (alone, two.trainer().beside[0], two.trainer(balance=False)):
+        ours = trainer.run()
         for key, weight in ours.weights.items():
             learned = (book.weights[key] - book.originals[key]).norm()
             assert (weight - book.weights[key]).norm() > 0.1 * learned
+
+
+def test_balanced_the_scale_of_a_loss_decides_nothing(two: Two) -> None:
+    """A loss in other units leads to the same weights; control: in a plain sum it does not."""
+    found = {}
+    for balance in (True, False):
+        for scale in (1.0, 100.0):
+            trainer = two.trainer(steps=5, balance=balance)
+            beside = trainer.beside[0]
+            beside.tradeoff = Scaled(scale)
+            found[balance, scale] = trainer.run().weights
+    for name in found[True, 1.0]:
+        assert torch.allclose(found[True, 1.0][name], found[True, 100.0][name], atol=1e-4)
+        assert not torch.allclose(found[False, 1.0][name], found[False, 100.0][name], atol=1e-3)
 
 
 def test_the_log_tells_the_sum_and_each(two: Two) -> None:
@@ -135,7 +175,7 @@ def test_the_log_tells_the_sum_and_each(two: Two) -> None:
         for name in ("loss", "forget", "retain"):
             parts = entry.logs[f"1/{name}"] + entry.logs[f"2/{name}"]
             assert getattr(entry, name) == pytest.approx(parts)
-    assert {"1/cos_target", "2/place", "2/nll_content"} <= entry.logs.keys()
+    assert {"1/cos_target", "2/place", "2/nll_content", "2/gradient_norm"} <= entry.logs.keys()
 
 
 def test_the_model_is_as_it_was(two: Two) -> None:

@@ -33,7 +33,7 @@ from expunge.published import published, published_recipe
 from expunge.recipe import Recipe, read_settings
 from expunge.records import RECORD_NAME, RunRecord
 
-How = Literal["joint", "sequence"]
+How = Literal["joint", "joint-sum", "sequence"]
 # What must be alike where several objectives share one opened model.
 SHARED_FIELDS = ("dtype", "device", "trust_remote_code")
 
@@ -57,7 +57,7 @@ def check_recipes(how: How, recipes: Sequence[Recipe]) -> None:
         )
     for number, recipe in enumerate(recipes):
         _check_trains(recipe, learned=how == "sequence" and number == 0)
-    for name in SHARED_FIELDS if how == "joint" else ():
+    for name in () if how == "sequence" else SHARED_FIELDS:
         values = {str(getattr(recipe, name)) for recipe in recipes}
         if len(values) > 1:
             raise RecipeError(

@@ -1,5 +1,7 @@
 """Joint training: the gradients of several recipes' losses add up on the weights of one model.
 
+They are brought to one size first (`expunge.training.balance`), or added up as they are.
+
 Each recipe keeps its objective, data, batches, seed and retain weight. Steps, learning rate and the
 rest of the optimiser are the first recipe's. Each step costs what the recipes' steps cost together.
 """
@@ -38,6 +40,7 @@ def joint(
     *,
     progress: Progress | None = None,
     benches: Sequence[Workbench] | None = None,
+    balance: bool = True,
     fresh: bool = False,
 ) -> RunRecord:
     """Train several recipes of one base at once, or go on where that was interrupted.
@@ -51,6 +54,8 @@ def joint(
         out: its folder.
         progress: told what is going on; default: silent.
         benches: one for each of `joint_recipes`, shared with other runs.
+        balance: bring the losses' gradients to one size; false: the plain sum of the losses, where
+            the one with the larger numbers may take all.
         fresh: discard what ``out`` holds.
 
     Raises:
@@ -59,18 +64,19 @@ def joint(
         ExpungeError: other kinds, from the parts.
     """
     progress = progress or Silent()
-    folder.check_recipes("joint", recipes)
+    how: folder.How = "joint" if balance else "joint-sum"
+    folder.check_recipes(how, recipes)
     recipes = joint_recipes(recipes)
-    finished = folder.found("joint", recipes, out, progress=progress, fresh=fresh)
+    finished = folder.found(how, recipes, out, progress=progress, fresh=fresh)
     if finished is not None:
         return finished
     benches = benches or [Workbench(one, progress, spill_directory=out) for one in recipes]
     for bench, recipe in zip(benches, recipes, strict=True):
         bench.check(recipe)
-    folder.claim("joint", recipes, out, fresh=fresh)
+    folder.claim(how, recipes, out, fresh=fresh)
     if not holds(out, PATCH_NAME):
         with unclaiming(out):
-            patch = _trained(recipes, out, benches, progress)
+            patch = _trained(how, recipes, out, benches, progress)
         patch.save(out / PATCH_NAME)
     return folder.finish(recipes, out)
 
@@ -105,7 +111,11 @@ class WorstLook:
 
 
 def _trained(
-    recipes: Sequence[Recipe], out: Path, benches: Sequence[Workbench], progress: Progress
+    how: folder.How,
+    recipes: Sequence[Recipe],
+    out: Path,
+    benches: Sequence[Workbench],
+    progress: Progress,
 ) -> Patch:
     settled = [bench.settled(one, out) for bench, one in zip(benches, recipes, strict=True)]
     learnings = [bench.learning for bench in benches]
@@ -122,7 +132,9 @@ def _trained(
         learning.trainer(one, weighing, None)
         for (learning, one), weighing in zip(pairs[1:], rules[1:], strict=True)
     ]
-    trainer = learnings[0].trainer(widened[0], rules[0], watch, beside=beside)
+    trainer = learnings[0].trainer(
+        widened[0], rules[0], watch, beside=beside, balance=how == "joint"
+    )
     stage = Stage(out / STATE_NAME, out / LOSSES_NAME, _context(benches, widened))
     with progress.phase("train", steps) as advance:
         result = trainer.run(stage, lambda log: advance(1, f"loss {log.loss:.4f}"))
@@ -131,10 +143,10 @@ def _trained(
     looks = len(watch.points) if watch is not None else 0
     facts = {
         **_facts(pairs, usual, result),
-        "looks": looks + sum(looks_of(how) for _, how in settled),
-        "settled": [how for _, how in settled],
+        "looks": looks + sum(looks_of(found) for _, found in settled),
+        "settled": [found for _, found in settled],
     }
-    return _patch(pairs, recipes, result, facts)
+    return _patch(how, pairs, recipes, result, facts)
 
 
 def _widened(learnings: Sequence[Learning], recipes: Sequence[Recipe]) -> list[Recipe]:
@@ -220,6 +232,7 @@ def _facts(
 
 
 def _patch(
+    how: folder.How,
     pairs: Sequence[tuple[Learning, Recipe]],
     recipes: Sequence[Recipe],
     result: TrainingResult,
@@ -231,7 +244,7 @@ def _patch(
     originals = {own: weight for cut in cuts for own, weight in cut.originals.items()}
     before = {names[own]: originals[own] for own in result.weights}
     after = {names[own]: weight for own, weight in result.weights.items()}
-    method = f"joint({', '.join(objective_of(one).name for one in recipes)})"
+    method = f"{how}({', '.join(objective_of(one).name for one in recipes)})"
     return Patch.between(
         before,
         after,

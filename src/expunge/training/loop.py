@@ -18,6 +18,7 @@ from expunge.model.memory import is_out_of_memory
 from expunge.model.segment import Segment
 from expunge.objectives.base import Activations, Direction, Loss, Needs, Objective
 from expunge.objectives.targets import Targets
+from expunge.training.balance import NORM, Balance, take_gradients
 from expunge.training.checks import check_finite, check_moved, check_varies, is_finite
 from expunge.training.log import StepLog, append_step, read_losses, write_losses
 from expunge.training.seen import Order, Sight, share
@@ -104,6 +105,8 @@ class Trainer:
             step, each by its own objective, batches and trade-off; steps, learning rate and the
             rest of the optimiser are this trainer's, and the looks too. All segments must have
             the same first trained layer, or boundaries would go stale.
+        balance: whether gradients of trainers beside each other are brought to one size first;
+            false: the plain sum of the losses.
     """
 
     def __init__(
@@ -120,10 +123,12 @@ class Trainer:
         directions: Mapping[int, Direction] | None = None,
         watch: Watch | None = None,
         beside: Sequence[Trainer] = (),
+        balance: bool = True,
     ) -> None:
         assert all(one.segment.model is segment.model for one in beside)
         assert all(one.segment.first == segment.first for one in beside)
         self.watch, self.beside = watch, tuple(beside)
+        self._balance = Balance(1 + len(beside)) if beside and balance else None
         self.segment: Segment = segment
         self.forget, self.retain = forget, retain
         self.objective, self.tradeoff, self.settings = objective, tradeoff, settings
@@ -235,9 +240,23 @@ class Trainer:
         while True:
             optimiser.zero_grad()
             try:
+                if self._balance is not None:
+                    return self._balanced(step, optimiser, self._balance)
                 return [one._add_gradients(step) for one in (self, *self.beside)]
             except _HalvedError:
                 continue
+
+    def _balanced(self, step: int, optimiser: Optimiser, balance: Balance) -> list[_Part]:
+        parts, gradients = [], []
+        for one in (self, *self.beside):
+            part = one._add_gradients(step)
+            part.values[NORM] = optimiser.gradient_norm()
+            gradients.append(take_gradients(optimiser.weights))
+            parts.append(part)
+        total = balance.add_up(gradients, [part.values[NORM] for part in parts])
+        for name, gradient in total.items():
+            optimiser.weights[name].grad = gradient
+        return parts
 
     def _add_gradients(self, step: int) -> _Part:
         """Add this trainer's gradients of one step. Raises _HalvedError where memory ran out."""
@@ -376,4 +395,6 @@ class Trainer:
             write_losses(stage.losses, log)
         if self.watch is not None:
             self.watch.resume(log, state.best)
+        if self._balance is not None:
+            self._balance.resume(log)
         return log
