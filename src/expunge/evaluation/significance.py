@@ -1,0 +1,325 @@
+"""Differences between two methods that were run with the same seeds and asked the same examples.
+
+Runs are a sample of seeds, questions a sample of questions: both are random, and they cross
+(Clark 1973, doi:10.1016/S0022-5371(73)80014-3; Westfall, Kenny and Judd 2014,
+doi:10.1037/xge0000014). With seeds s of S, examples q of Q in a set, d_sq what example q adds to
+the difference with seed s, and D_s the difference itself:
+
+    d_sq = mean + seed_s + example_q + rest_sq
+    var(mean of D_s) = seed/S + Σ over sets (example/Q + rest/(S·Q))
+
+The three variances come from mean squares, as in an analysis of variance with one observation a
+cell; a negative one counts as 0. Then Student's t with Satterthwaite's degrees of freedom.
+Deviation from Clark's min F': D may be any smooth summary, such as a harmonic mean; its d_sq are
+then the examples' influence values (delta method), and several sets may enter, each with examples
+of its own.
+
+With one seed nothing is known of other seeds: the effect has no interval and no p of its own, only
+a `Partial` one that says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+
+Floats = NDArray[np.float64]
+LEAST = 1e-12  # differences and errors below it are rounding
+MOST_SEEDS, MOST_TIMES = 1000, 1000
+TAIL = 0.025
+
+
+@dataclass(frozen=True)
+class Partial:
+    """What holds for other examples with these very seeds, or the reverse; never for both.
+
+    Attributes:
+        over: what was taken as a sample: ``examples`` or ``seeds``.
+        ci_low, ci_high: 95 % interval.
+        p: two-sided.
+    """
+
+    over: Literal["examples", "seeds"]
+    ci_low: float
+    ci_high: float
+    p: float
+    se: float
+    df: float
+
+
+@dataclass(frozen=True)
+class Components:
+    """Variances behind an effect, from which its error at other sizes follows.
+
+    Attributes:
+        seed: between seeds, beyond what their examples explain.
+        example, rest: of each set of examples: between examples, and of the two crossed.
+        sizes: examples in each set.
+    """
+
+    seed: float
+    example: tuple[float, ...]
+    rest: tuple[float, ...]
+    sizes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Effect:
+    """A mean difference and how far it can be trusted. Any number is None where it is undefined.
+
+    Attributes:
+        mean: over seeds.
+        ci_low, ci_high: 95 % interval, seeds and examples both taken as random.
+        p: two-sided, of no difference; likewise.
+        n_seeds, n_examples: behind it; examples of all sets together.
+        df: Satterthwaite's degrees of freedom.
+        se: standard error.
+        partial: all that can be said where only one of the two was sampled.
+        components: where seeds and examples were both sampled.
+        reason: why numbers are missing.
+    """
+
+    mean: float | None = None
+    ci_low: float | None = None
+    ci_high: float | None = None
+    p: float | None = None
+    n_seeds: int = 0
+    n_examples: int = 0
+    df: float | None = None
+    se: float | None = None
+    partial: Partial | None = None
+    components: Components | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Needed:
+    """What would decide an effect of the size that was seen, with the spread that was seen.
+
+    Attributes:
+        seeds: with these examples; None: no number of seeds is enough.
+        examples: with these seeds, all sets growing alike; None: no number of examples is enough.
+    """
+
+    seeds: int | None
+    examples: int | None
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean squares of one or of many crossed tables at once, in arrays of shape (...)."""
+
+    mean: Floats
+    between_seeds: Floats
+    example: tuple[Floats, ...]
+    rest: tuple[Floats, ...]
+    seeds: int
+    sizes: tuple[int, ...]
+
+    def error(self) -> tuple[Floats, Floats]:
+        """Variance of the mean and its degrees of freedom, of shape (...)."""
+        of_seeds = self.between_seeds / self.seeds
+        variance, uncertainty = of_seeds, of_seeds**2 / (self.seeds - 1)
+        for example, rest, size in zip(self.example, self.rest, self.sizes, strict=True):
+            # The examples' mean square holds the rest once more than it belongs there.
+            net = example / size - rest / (self.seeds * size)
+            kept = net > 0
+            own = (example / size) ** 2 / (size - 1)
+            crossed = (rest / (self.seeds * size)) ** 2 / ((self.seeds - 1) * (size - 1))
+            variance = variance + np.where(kept, net, 0.0)
+            uncertainty = uncertainty + np.where(kept, own + crossed, 0.0)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            df = np.asarray(variance**2 / uncertainty)
+        return np.asarray(variance), df
+
+
+def moments(differences: Floats, influences: Mapping[str, Floats]) -> Moments:
+    """Mean squares of differences (..., S) and influences (..., S, Q); S ≥ 2, each Q ≥ 2."""
+    seeds = differences.shape[-1]
+    example, rest, sizes = [], [], []
+    for d_SQ in influences.values():
+        size = d_SQ.shape[-1]
+        of_examples = d_SQ.mean(-2, keepdims=True)
+        left = d_SQ - of_examples - d_SQ.mean(-1, keepdims=True) + d_SQ.mean((-2, -1), keepdims=True)
+        example.append(of_examples[..., 0, :].var(-1, ddof=1))
+        rest.append((left**2).sum((-2, -1)) / ((seeds - 1) * (size - 1)))
+        sizes.append(size)
+    return Moments(
+        mean=differences.mean(-1),
+        between_seeds=differences.var(-1, ddof=1),
+        example=tuple(example),
+        rest=tuple(rest),
+        seeds=seeds,
+        sizes=tuple(sizes),
+    )
+
+
+def effect(differences: ArrayLike, influences: Mapping[str, ArrayLike] | None = None) -> Effect:
+    """The mean of a difference over seeds and examples, with interval and test.
+
+    Args:
+        differences: of shape (S,): the difference of the two summaries with each seed.
+        influences: set of examples -> (S, Q): what each example adds to each difference, up to a
+            constant for each seed. None: not known.
+
+    Raises:
+        ValueError: a shape does not fit, or a value is not finite.
+    """
+    d_S = np.asarray(differences, dtype=float)
+    tables = {name: np.asarray(d, dtype=float) for name, d in (influences or {}).items()}
+    _check(d_S, tables)
+    seeds, examples = len(d_S), sum(d.shape[1] for d in tables.values())
+    if seeds == 0:
+        return Effect(reason="no seed was run with both")
+    mean = float(d_S.mean())
+    # A set that moves nothing, or of one example, tells nothing of examples.
+    telling = {name: d for name, d in tables.items() if d.shape[1] > 1}
+    sizes = {"n_seeds": seeds, "n_examples": examples}
+    if seeds == 1:
+        reason = "one seed: says nothing about others"
+        if not telling:
+            return Effect(mean=mean, reason=reason, **sizes)
+        variance = sum(float(d[0].var(ddof=1)) / d.shape[1] for d in telling.values())
+        parts = [(float(d[0].var(ddof=1)) / d.shape[1], d.shape[1] - 1) for d in telling.values()]
+        spread = sum(part**2 / df for part, df in parts)
+        df = variance**2 / spread if spread > 0 else float(min(df for _, df in parts))
+        return Effect(mean=mean, partial=_partial("examples", mean, variance, df), reason=reason, **sizes)
+    found = moments(d_S, telling)
+    if not telling:
+        return Effect(
+            mean=mean,
+            partial=_partial("seeds", mean, float(found.between_seeds) / seeds, seeds - 1.0),
+            reason="no values example by example: says nothing about other examples",
+            **sizes,
+        )
+    variance, df = (float(one) for one in found.error())
+    se = variance**0.5
+    if se <= LEAST:
+        if abs(mean) <= LEAST:
+            return Effect(mean, mean, mean, 1.0, seeds, examples, seeds - 1.0, 0.0)
+        return Effect(
+            mean=mean,
+            se=0.0,
+            reason="the same difference with every seed and example: no spread to test it against",
+            **sizes,
+        )
+    low, high, p = _test(mean, se, df)
+    return Effect(mean, low, high, p, seeds, examples, df, se, components=_components(found))
+
+
+def equivalence(found: Effect, margin: float) -> float | None:
+    """p of two one-sided tests that the effect lies within ±``margin``; None where it has no error.
+
+    Schuirmann 1987 (doi:10.1007/BF01068419). Below .05 the methods count as interchangeable.
+
+    Raises:
+        ValueError: the margin is not above 0.
+    """
+    if not margin > 0:
+        raise ValueError(f"a margin above 0, not {margin}")
+    if found.mean is None or found.se is None or found.df is None:
+        return None
+    if found.se == 0:
+        return 0.0 if abs(found.mean) < margin else 1.0
+    return float(stats.t.sf((margin - abs(found.mean)) / found.se, found.df))
+
+
+def needed(found: Effect, *, alpha: float = 0.05, power: float = 0.8) -> Needed | None:
+    """Seeds, or examples, with which a true effect of this size would be significant.
+
+    By the noncentral t distribution, with the components as they were estimated; those of a few
+    seeds are rough, and the effect that was seen may flatter, so this is a rough guide.
+
+    Args:
+        alpha: level that one test must reach, the correction included.
+        power: probability of reaching it.
+
+    Returns:
+        None where there are no components, or no effect.
+    """
+    parts, mean = found.components, found.mean
+    if parts is None or not mean:
+        return None
+
+    def enough(seeds: int, times: int) -> bool:
+        variance, df = _projected(parts, seeds, tuple(times * size for size in parts.sizes))
+        away, cut = abs(mean) / variance**0.5, stats.t.isf(alpha / 2, df)
+        return bool(stats.nct.sf(cut, df, away) + stats.nct.cdf(-cut, df, away) >= power)
+
+    seeds = _first(lambda s: enough(s, 1), 2, MOST_SEEDS)
+    times = _first(lambda t: enough(found.n_seeds, t), 1, MOST_TIMES)
+    return Needed(seeds, None if times is None else times * sum(parts.sizes))
+
+
+def _projected(parts: Components, seeds: int, sizes: tuple[int, ...]) -> tuple[float, float]:
+    """Variance and degrees of freedom to be expected of other sizes."""
+    shared = sum(rest / size for rest, size in zip(parts.rest, sizes, strict=True))
+    expected = Moments(
+        mean=np.zeros(()),
+        between_seeds=np.asarray(parts.seed + shared),
+        example=tuple(
+            np.asarray(example + rest / seeds)
+            for example, rest in zip(parts.example, parts.rest, strict=True)
+        ),
+        rest=tuple(np.asarray(rest) for rest in parts.rest),
+        seeds=seeds,
+        sizes=sizes,
+    )
+    variance, df = expected.error()
+    return float(variance), float(df)
+
+
+def _first(fits: Callable[[int], bool], low: int, most: int) -> int | None:
+    """The smallest number that fits, by halving; None if the largest does not."""
+    if not fits(most):
+        return None
+    high = most
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(middle) else (middle + 1, high)
+    return low
+
+
+def _components(found: Moments) -> Components:
+    rest = tuple(float(one) for one in found.rest)
+    shared = sum(one / size for one, size in zip(rest, found.sizes, strict=True))
+    return Components(
+        seed=max(0.0, float(found.between_seeds) - shared),
+        example=tuple(
+            max(0.0, float(one) - left / found.seeds)
+            for one, left in zip(found.example, rest, strict=True)
+        ),
+        rest=rest,
+        sizes=found.sizes,
+    )
+
+
+def _partial(over: Literal["examples", "seeds"], mean: float, variance: float, df: float) -> Partial:
+    se = variance**0.5
+    if se <= LEAST:
+        return Partial(over, mean, mean, 1.0 if abs(mean) <= LEAST else 0.0, 0.0, df)
+    low, high, p = _test(mean, se, df)
+    return Partial(over, low, high, p, se, df)
+
+
+def _test(mean: float, se: float, df: float) -> tuple[float, float, float]:
+    """Student's 95 % interval and two-sided p."""
+    half = float(stats.t.isf(TAIL, df)) * se
+    return mean - half, mean + half, float(2 * stats.t.sf(abs(mean) / se, df))
+
+
+def _check(d_S: Floats, tables: Mapping[str, Floats]) -> None:
+    if d_S.ndim != 1:
+        raise ValueError(f"differences of shape (S,), not {d_S.shape}")
+    for name, table in tables.items():
+        if table.ndim != 2 or table.shape[0] != len(d_S):
+            raise ValueError(f"{name}: influences of shape ({len(d_S)}, Q), not {table.shape}")
+        if not np.isfinite(table).all():
+            raise ValueError(f"{name}: influences that are not finite")
+    if not np.isfinite(d_S).all():
+        raise ValueError("differences that are not finite")
