@@ -28,6 +28,7 @@ def grounds(record: RunRecord) -> str:
         # Scorers are named by files that may lie elsewhere; their content is hashed.
         **{name: recipe.get(name) for name in MEASURING if name != "scorers"},
         "scorers": [PurePath(str(one)).name for one in recipe.get("scorers", ())],
+        "scorer files": sorted((record.provenance.get("scorer_files") or {}).values()),
     }
     return json.dumps(facts, sort_keys=True)
 
@@ -64,6 +65,11 @@ def notes_of(rows: Sequence[Row], unfilled: Mapping[Place, str]) -> list[str]:
 
 
 def _of_row(row: Row) -> list[str]:
+    """Of its cells, of what its seeds share, and of how its runs went."""
+    return [*_of_cells(row), *_of_recipes(row), *_of_runs(row)]
+
+
+def _of_cells(row: Row) -> list[str]:
     name = f"{row.method} on {row.function}"
     notes = []
     for cell in row.cells:
@@ -82,6 +88,12 @@ def _of_row(row: Row) -> list[str]:
         notes.append(f"{name}: one seed only: says nothing about others")
     if any(cell.status == "measured" and not cell.by_example for cell in row.cells):
         notes.append(f"{name}: records without values example by example: no test over examples")
+    return notes
+
+
+def _of_recipes(row: Row) -> list[str]:
+    name = f"{row.method} on {row.function}"
+    notes = []
     recipes = [recipe_of(cell.record) for cell in row.cells if cell.record is not None]
     mixed = sorted(
         key
@@ -93,7 +105,24 @@ def _of_row(row: Row) -> list[str]:
     splits = {str(recipe.get("measure_on", "test")) for recipe in recipes} - {"test"}
     if splits:
         notes.append(f"{name}: measured on {', '.join(splits)}, which served for choices")
+    return notes
+
+
+def _of_runs(row: Row) -> list[str]:
+    name = f"{row.method} on {row.function}"
+    notes = []
     reread = [cell.place.seed for cell in row.cells if cell.spent.get("test_reads", 0) > 1]
+    stopped = [c.place.seed for c in row.cells if c.record and c.record.training.get("collapsed")]
+    if stopped:
+        notes.append(
+            f"{name}: what was to be kept collapsed with seed {_list(stopped)}; the best state "
+            "before was taken"
+        )
+    if row.removed != row.function:
+        notes.append(
+            f"{name}: patches for {row.removed}; what they were meant to remove counts as lost "
+            f"where {row.function}'s retain data ask for it"
+        )
     if reread:
         notes.append(f"{name}: the test split was read more than once with seed {_list(reread)}")
     return notes

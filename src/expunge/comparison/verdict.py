@@ -1,6 +1,7 @@
-"""Tests between methods on one function, and what they say of the claim that each function needs its own.
+"""Tests between methods on one function, and what they say of the claim to be settled.
 
-The claim is tested by two of them, each function's own objective against the other function's own.
+The claim: each function needs an objective of its own. Two tests settle it: each
+function's own objective against the other function's own.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ ALPHA = 0.05
 LEAST_P = 0.001
 MARGIN = 0.05
 POWER = 0.8
+MEASURE = " of the harmonic mean of forgetting and retaining"
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,8 @@ def difference(own: Row, other: Row, name: Summary = "harmonic") -> Effect:
         keys = sorted({key for one in unlike[1:] for key in differing(unlike[0], one)})
         return Effect(reason=f"refused: they were not measured alike ({', '.join(keys)})")
     differences = [_number(first, name) - _number(second, name) for first, second in pairs]
+    if all(cell.status == "diverged" for pair in pairs for cell in pair):
+        return Effect(mean=0.0, n_seeds=len(pairs), reason="both diverged with every seed")
     influences = _influences(pairs, name)
     if isinstance(influences, str):
         return Effect(reason=influences)
@@ -136,8 +140,11 @@ def verdict_of(
     a, b = primary
     made = sum(test.effect.p is not None for test in tests)
     word = _word(a, b, margin)
-    sentence = f"{word.capitalize()}: {_told(a, margin)}; {_told(b, margin)}{_family(made)}."
-    return Verdict(word, sentence, (a, b), _power((a, b), made)), None
+    after = f" after Holm over {made} tests" if made > 1 else ""
+    told = f"{_told(a, margin, MEASURE, after)}; {_told(b, margin)}"
+    return Verdict(
+        word, f"{word.capitalize()}: {told}.", (a, b), _power((a, b), made, margin)
+    ), None
 
 
 def _word(a: Test, b: Test, margin: float) -> Word:
@@ -151,8 +158,8 @@ def _word(a: Test, b: Test, margin: float) -> Word:
     return "undecided"
 
 
-def _told(test: Test, margin: float) -> str:
-    """One test in words, with its numbers."""
+def _told(test: Test, margin: float, of_what: str = "", after: str = "") -> str:
+    """One test in words, with its numbers; the first also says what they are numbers of."""
     found = test.effect
     assert found.mean is not None
     lead = f"on {test.function} {test.own} "
@@ -164,10 +171,10 @@ def _told(test: Test, margin: float) -> str:
             partial = f" [{_num(low)}, {_num(high)}] over {found.partial.over} of this {kept} alone"
             partial = partial.replace("this examples", "these examples")
         return (
-            f"{lead}differs from {test.other} by {_num(found.mean)}{partial} of the harmonic mean "
-            f"of forgetting and retaining, untested ({found.reason})"
+            f"{lead}differs from {test.other} by {_num(found.mean)}{partial}{of_what}, "
+            f"untested ({found.reason})"
         )
-    size = f"{_num(abs(found.mean))} {_interval(found)} of the harmonic mean of forgetting and retaining"
+    size = f"{_num(abs(found.mean))} {_interval(found)}{of_what}"
     if test.better:
         verb = f"beats {test.other} by {size}"
     elif test.worse:
@@ -176,8 +183,10 @@ def _told(test: Test, margin: float) -> str:
         more = "above" if found.mean >= 0 else "below"
         verb = f"is {size} {more} {test.other}, which chance could explain"
     same = equivalence(found, margin)
-    within = f", within ±{_num(margin)}: {_p(same)}" if same is not None and same < ALPHA else ""
-    return f"{lead}{verb} ({_p(test.p_adjusted)}{within})"
+    within = ""
+    if same is not None and same < ALPHA:
+        within = f"; smaller than {_num(margin)}, {_p(same)}"
+    return f"{lead}{verb} ({_p(test.p_adjusted)}{after}{within})"
 
 
 def _interval(found: Effect) -> str:
@@ -189,11 +198,7 @@ def _interval(found: Effect) -> str:
     return f"[{_num(low)}, {_num(high)}]"
 
 
-def _family(made: int) -> str:
-    return f" (p after Holm over {made} tests)" if made else ""
-
-
-def _power(primary: Sequence[Test], made: int) -> str:
+def _power(primary: Sequence[Test], made: int, margin: float) -> str:
     """What it would take to decide the tests that are not significant."""
     open_tests = [test for test in primary if not (test.better or test.worse)]
     if not open_tests:
@@ -202,24 +207,32 @@ def _power(primary: Sequence[Test], made: int) -> str:
     for test in open_tests:
         lead = f"On {test.function}, {test.own} against {test.other}: "
         # The smallest p of a family must pass this; later ones have it easier.
-        found = needed(test.effect, alpha=ALPHA / max(made, 1), power=POWER)
-        if found is None:
-            told.append(lead + (test.effect.reason or "no difference was seen to plan for") + ".")
-            continue
-        seeds = "no number of seeds" if found.seeds is None else f"{found.seeds} seeds"
-        examples = (
-            "no number of examples" if found.examples is None else f"{found.examples} examples"
-        )
-        told.append(
-            f"{lead}for the difference that was seen to be significant after correction with "
-            f"{POWER:.0%} power it takes {seeds} (now {test.effect.n_seeds}) with these examples, "
-            f"or {examples} (now {test.effect.n_examples}) with these seeds."
-        )
+        effect_ = test.effect
+        ways = {
+            "for the difference that was seen to be significant after correction": needed(
+                effect_, alpha=ALPHA / max(made, 1), power=POWER
+            ),
+            f"to show that it is smaller than {_num(margin)}": needed(
+                effect_, alpha=ALPHA, power=POWER, margin=margin
+            ),
+        }
+        takes = [
+            f"{aim} with {POWER:.0%} power it takes {_count(found.seeds, 'seeds')} (now "
+            f"{effect_.n_seeds}) with these examples, or {_count(found.examples, 'examples')} "
+            f"(now {effect_.n_examples}) with these seeds"
+            for aim, found in ways.items()
+            if found is not None
+        ]
+        told.append(lead + ("; ".join(takes) or effect_.reason or "no spread to plan with") + ".")
     return " ".join(told)
 
 
+def _count(number: int | None, what: str) -> str:
+    return f"no number of {what}" if number is None else f"{number} {what}"
+
+
 def _test(own: Row, other: Row) -> Test:
-    parts = {name: difference(own, other, name) for name in ("forget", "retain")}  # type: ignore[arg-type]
+    parts = {name: difference(own, other, name) for name in ("forget", "retain")}
     return Test(
         function=own.function,
         own=own.method,

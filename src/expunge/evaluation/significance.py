@@ -260,7 +260,9 @@ def equivalence(found: Effect, margin: float) -> float | None:
     return found.error.tail((margin - abs(found.mean)) / found.error.se)
 
 
-def needed(found: Effect, *, alpha: float = 0.05, power: float = 0.8) -> Needed | None:
+def needed(
+    found: Effect, *, alpha: float = 0.05, power: float = 0.8, margin: float | None = None
+) -> Needed | None:
     """Seeds, or examples, with which a true effect of this size would be significant.
 
     By the noncentral t distribution, with the components as they were estimated; those of a few
@@ -269,28 +271,35 @@ def needed(found: Effect, *, alpha: float = 0.05, power: float = 0.8) -> Needed 
     Args:
         alpha: level that one test must reach, the correction included.
         power: probability of reaching it.
+        margin: show equivalence within it instead (`equivalence`).
 
     Returns:
-        None where there are no components, or no effect.
+        None where there are no components, or nothing to show: no effect, or one beyond the margin.
     """
     parts, mean = found.components, found.mean
-    if parts is None or mean is None or abs(mean) <= LEAST:
+    if parts is None or mean is None:
+        return None
+    if abs(mean) <= LEAST if margin is None else abs(mean) >= margin:
         return None
 
     def enough(seeds: int, times: int) -> bool:
         error = _projected(parts, seeds, tuple(times * size for size in parts.sizes))
-        return _power(abs(mean), error, alpha) >= power
+        if margin is None:
+            return _power(abs(mean), error, alpha / 2) >= power
+        # Either one-sided test may fail; both failing at once is counted twice.
+        sides = [_power(margin + sign * mean, error, alpha) for sign in (1, -1)]
+        return sum(sides) - 1 >= power
 
     seeds = _first(lambda s: enough(s, 1), 2, MOST_SEEDS)
     times = _first(lambda t: enough(found.n_seeds, t), 1, MOST_TIMES)
     return Needed(seeds, None if times is None else times * sum(parts.sizes))
 
 
-def _power(mean: float, error: Error, alpha: float) -> float:
-    """Probability that a true effect is significant, on its own side."""
+def _power(mean: float, error: Error, tail: float) -> float:
+    """Probability that an estimate of ``mean`` > 0 lies beyond the critical value above 0."""
     if error.se <= LEAST:
         return 1.0
-    away, cut = mean / error.se, error.cut(alpha / 2)
+    away, cut = mean / error.se, error.cut(tail)
     # Far out the noncentral t has no accurate tail, and needs none.
     return 1.0 if away > 20 * cut else float(stats.nct.sf(cut, error.df, away))
 
