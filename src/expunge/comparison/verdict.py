@@ -17,7 +17,14 @@ from expunge.comparison.cells import Cell, Summary
 from expunge.comparison.grounds import differing, grounds_of
 from expunge.comparison.matrix import Row
 from expunge.evaluation.paired import McNemar, holm, mcnemar
-from expunge.evaluation.significance import Effect, effect, equivalence, needed
+from expunge.evaluation.significance import (
+    MOST_SEEDS,
+    MOST_TIMES,
+    Effect,
+    effect,
+    equivalence,
+    needed,
+)
 
 Word = Literal["specialised", "interchangeable", "one objective for both", "undecided"]
 ALPHA = 0.05
@@ -167,11 +174,10 @@ def _told(test: Test, margin: float, of_what: str = "", after: str = "") -> str:
         partial = ""
         if found.partial is not None:
             low, high = found.partial.ci_low, found.partial.ci_high
-            kept = "seed" if found.partial.over == "examples" else "examples"
-            partial = f" [{_num(low)}, {_num(high)}] over {found.partial.over} of this {kept} alone"
-            partial = partial.replace("this examples", "these examples")
+            this = "this seed" if found.partial.over == "examples" else "these examples"
+            partial = f" [{_num(low)}, {_num(high)}] over {found.partial.over} of {this} alone,"
         return (
-            f"{lead}differs from {test.other} by {_num(found.mean)}{partial}{of_what}, "
+            f"{lead}differs from {test.other} by {_num(found.mean)}{of_what},{partial} "
             f"untested ({found.reason})"
         )
     size = f"{_num(abs(found.mean))} {_interval(found)}{of_what}"
@@ -217,9 +223,10 @@ def _power(primary: Sequence[Test], made: int, margin: float) -> str:
             ),
         }
         takes = [
-            f"{aim} with {POWER:.0%} power it takes {_count(found.seeds, 'seeds')} (now "
-            f"{effect_.n_seeds}) with these examples, or {_count(found.examples, 'examples')} "
-            f"(now {effect_.n_examples}) with these seeds"
+            f"{aim} with {POWER:.0%} power it takes {_count(found.seeds, MOST_SEEDS)} seeds (now "
+            f"{effect_.n_seeds}) with these examples, or "
+            f"{_count(found.examples, MOST_TIMES * effect_.n_examples)} examples (now "
+            f"{effect_.n_examples}) with these seeds"
             for aim, found in ways.items()
             if found is not None
         ]
@@ -227,8 +234,8 @@ def _power(primary: Sequence[Test], made: int, margin: float) -> str:
     return " ".join(told)
 
 
-def _count(number: int | None, what: str) -> str:
-    return f"no number of {what}" if number is None else f"{number} {what}"
+def _count(number: int | None, most: int) -> str:
+    return f"more than {most}" if number is None else str(number)
 
 
 def _test(own: Row, other: Row) -> Test:

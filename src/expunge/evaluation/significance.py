@@ -36,7 +36,7 @@ from scipy import optimize, stats
 Floats = NDArray[np.float64]
 LEAST = 1e-12  # differences and errors below it are rounding
 LEAST_P = 1e-200
-MOST_SEEDS, MOST_TIMES = 1000, 1000
+MOST_SEEDS, MOST_TIMES = 200, 100  # how far to look for what an effect needs
 TAIL = 0.025
 Over = Literal["examples", "seeds"]
 
@@ -145,8 +145,8 @@ class Needed:
     """What would decide an effect of the size that was seen, with the spread that was seen.
 
     Attributes:
-        seeds: with these examples; None: no number of seeds is enough.
-        examples: with these seeds, all sets growing alike; None: no number of examples is enough.
+        seeds: with these examples; None: MOST_SEEDS would not be enough.
+        examples: with these seeds, all sets growing alike; None: MOST_TIMES as many would not be.
     """
 
     seeds: int | None
@@ -164,14 +164,23 @@ class Moments:
     seeds: int
     sizes: tuple[int, ...]
 
+    @property
+    def of_rest(self) -> Floats:
+        """What the rest alone makes the variance between seeds."""
+        crossed = [rest / size for rest, size in zip(self.rest, self.sizes, strict=True)]
+        return np.sum(crossed, axis=0) if crossed else np.zeros_like(self.between_seeds)
+
     def parts(self) -> list[tuple[Floats, int]]:
         """What adds up to the variance of the mean, each (...) with its degrees of freedom."""
-        found = [(self.between_seeds / self.seeds, self.seeds - 1)]
+        found = []
         for example, rest, size in zip(self.example, self.rest, self.sizes, strict=True):
             # The examples' mean square holds the rest, which that of seeds holds already.
             net = example / size - rest / (self.seeds * size)
             found.append((np.maximum(net, 0.0), size - 1))
-        return found
+        # Answers of right and wrong may add up alike by chance, though the rest shows a variance.
+        chance = self.between_seeds + sum(part for part, _ in found) <= LEAST**2
+        of_seeds = np.where(chance, self.of_rest, self.between_seeds)
+        return [(of_seeds / self.seeds, self.seeds - 1), *found]
 
 
 def moments(differences: Floats, influences: Mapping[str, Floats]) -> Moments:
@@ -312,10 +321,12 @@ def _projected(parts: Components, seeds: int, sizes: tuple[int, ...]) -> Error:
 
 
 def _first(fits: Callable[[int], bool], low: int, most: int) -> int | None:
-    """The smallest number that fits, by halving; None if the largest does not."""
-    if not fits(most):
-        return None
-    high = most
+    """The smallest number that fits, by doubling, then halving; None if none is found."""
+    high = low
+    while not fits(high):
+        if high == most:
+            return None
+        low, high = high + 1, min(2 * high, most)
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if fits(middle) else (middle + 1, high)
@@ -324,9 +335,8 @@ def _first(fits: Callable[[int], bool], low: int, most: int) -> int | None:
 
 def _components(found: Moments) -> Components:
     rest = tuple(float(one) for one in found.rest)
-    shared = sum(one / size for one, size in zip(rest, found.sizes, strict=True))
     return Components(
-        seed=max(0.0, float(found.between_seeds) - shared),
+        seed=max(0.0, float(found.between_seeds - found.of_rest)),
         example=tuple(
             max(0.0, float(one) - left / found.seeds)
             for one, left in zip(found.example, rest, strict=True)
