@@ -31,9 +31,7 @@ def rejected(differences, influences, truth: float = 0.0) -> float:  # type: ign
     variance = sum(part for part, _ in parts)
     cut = sum(part * stats.t.isf(0.025, df) for part, df in parts) / variance
     rate = float(np.mean(np.abs(squares.mean - truth) > cut * np.sqrt(variance)))
-    import os
-
-    print("RATE", os.environ.get("PYTEST_CURRENT_TEST"), rate)
+    print(f"rejected {rate:.4f}")  # shown by pytest -s
     return rate
 
 
@@ -47,7 +45,7 @@ def crossed(seed: float, example: float, rest: float, S: int, Q: int, generator)
 
 
 # Between them: no seed variance, little, as much as the examples', nothing else; and rest alone.
-@pytest.mark.parametrize("S", [3, 5])
+@pytest.mark.parametrize("S", [2, 3, 5])
 @pytest.mark.parametrize(
     ("seed", "example", "rest", "Q"),
     [
@@ -63,20 +61,22 @@ def crossed(seed: float, example: float, rest: float, S: int, Q: int, generator)
 def test_level_of_crossed_normal_effects(
     S: int, seed: float, example: float, rest: float, Q: int
 ) -> None:
-    """At most 5 %; as low as 2 % with three seeds where examples vary most: there it is timid."""
+    """At most 5 %; as low as 2 % with few seeds where examples vary most: there it is timid."""
     d = crossed(seed, example, rest, S, Q, np.random.default_rng(0))
     rate = rejected(d.mean(-1), {"questions": d})
     assert rate <= 0.05 + NOISE
-    assert rate >= (0.02 if S == 3 else 0.03) - NOISE
+    assert rate >= (0.02 if S < 5 else 0.03) - NOISE
 
 
 @pytest.mark.parametrize("S", [3, 5])
+@pytest.mark.parametrize("own", [0.0, 1.5])
 @pytest.mark.parametrize("seed", [0.0, 0.15, 0.6])
-def test_level_of_right_and_wrong_answers(S: int, seed: float) -> None:
-    """Two equal methods; a question is right by its difficulty, shifted by each run."""
+def test_level_of_right_and_wrong_answers(S: int, seed: float, own: float) -> None:
+    """Two equal methods; a question is right by its difficulty, in part own to a method."""
     generator = np.random.default_rng(1)
     Q = 200
     difficulty = generator.normal(-1.0, 1.5, (DRAWS, 1, 1, Q))
+    difficulty = difficulty + generator.normal(0, own, (DRAWS, 2, 1, Q))
     shift = generator.normal(0, seed, (DRAWS, 2, S, 1))
     right = generator.random((DRAWS, 2, S, Q)) < 1 / (1 + np.exp(-(difficulty + shift)))
     d = right[:, 0].astype(float) - right[:, 1]
@@ -85,10 +85,11 @@ def test_level_of_right_and_wrong_answers(S: int, seed: float) -> None:
 
 
 @pytest.mark.parametrize("S", [3, 5])
+@pytest.mark.parametrize("own", [0.0, 1.5])
 @pytest.mark.parametrize("seed", [0.0, 0.3])
-def test_level_of_a_harmonic_mean_over_two_sets(S: int, seed: float) -> None:
+def test_level_of_a_harmonic_mean_over_two_sets(S: int, seed: float, own: float) -> None:
     """Questions decide what is forgotten, others what is retained; the summary is not linear."""
-    rate = rejected(*harmonic(S, seed, np.zeros(2), np.random.default_rng(2)))
+    rate = rejected(*harmonic(S, seed, np.zeros(2), np.random.default_rng(2), own=own))
     assert 0.015 - NOISE <= rate <= 0.05 + NOISE
 
 
@@ -96,18 +97,19 @@ def test_coverage_of_a_harmonic_mean_that_differs() -> None:
     generator = np.random.default_rng(3)
     shifts = np.array([0.6, 0.0])
     # The truth: the mean of many more seeds and questions, so few draws are enough.
-    big, _ = harmonic(200, 0.3, shifts, generator, draws=20, sizes=(2000, 2000))
-    d_S, influences = harmonic(5, 0.3, shifts, generator)
+    big, _ = harmonic(200, 0.3, shifts, generator, draws=20, sizes=(2000, 2000), own=1.0)
+    d_S, influences = harmonic(5, 0.3, shifts, generator, own=1.0)
     rate = rejected(d_S, influences, truth=float(big.mean()))
     assert 0.015 - NOISE <= rate <= 0.05 + NOISE
     assert abs(big.mean()) > 0.05
 
 
-def harmonic(S, seed, shifts, generator, draws=DRAWS, sizes=(150, 100)):  # type: ignore[no-untyped-def]
+def harmonic(S, seed, shifts, generator, draws=DRAWS, sizes=(150, 100), own=0.0):  # type: ignore[no-untyped-def]
     """Differences of harmonic means of two methods and the influences, by the delta method."""
     answers = []
     for Q, easy in zip(sizes, (0.5, 2.0), strict=True):
         difficulty = generator.normal(easy, 1.0, (draws, 1, 1, Q))
+        difficulty = difficulty + generator.normal(0, own, (draws, 2, 1, Q))
         shift = generator.normal(0, seed, (draws, 2, S, 1)) + shifts[:, None, None] * (easy < 1)
         answers.append(
             (generator.random((draws, 2, S, Q)) < 1 / (1 + np.exp(-difficulty - shift))) * 1.0
