@@ -32,6 +32,8 @@ Status = Literal["measured", "diverged", "missing"]
 Summary = Literal["harmonic", "forget", "retain"]
 RETAIN_FLOOR = 0.9
 ORACLE = "oracle"
+# Key of a record's training facts: why a run came to nothing.
+DIVERGED = "diverged"
 FORGET, RETAIN = "forget", "retain"
 
 
@@ -134,14 +136,24 @@ def method_name(record: RunRecord) -> str:
     return f"{record.objective} ({tradeoff})" if named else record.objective
 
 
+def place_of(record: RunRecord) -> Place:
+    """Which cell a record fills. Raises DataError if it holds no recipe."""
+    return Place(method_name(record), str(recipe_of(record)["function"]), record.seed)
+
+
+def is_choice(record: RunRecord) -> bool:
+    """Whether this was a search for settings, which is not measured itself."""
+    recipe = recipe_of(record)
+    return recipe.get("tradeoff") == "search" and recipe.get("evaluate") is False
+
+
 def cell_of(record: RunRecord) -> Cell:
     """The cell that a record fills, from the scores of its patched model.
 
     Raises:
         DataError: the record holds no recipe.
     """
-    place = Place(method_name(record), str(recipe_of(record)["function"]), record.seed)
-    return _cell(place, record, shares_of(record, "patched"), spent(record))
+    return _cell(place_of(record), record, shares_of(record, "patched"), spent(record))
 
 
 def oracle_cell(record: RunRecord) -> Cell:

@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from expunge.comparison.cells import (
+    DIVERGED,
     Cell,
     Place,
     cell_of,
     diverged_cell,
+    is_choice,
     oracle_cell,
+    place_of,
     recipe_of,
 )
 from expunge.comparison.grounds import notes_of
@@ -74,7 +77,8 @@ class Comparison:
         """Compute everything from finished runs.
 
         Args:
-            records: those of one matrix, in any order; sums of patches among them.
+            records: those of one matrix, in any order; sums of patches among them, runs that
+                diverged, and the searches behind the settings.
             own: function -> its own objective; default: OWN, and where it was only run with a
                 learned trade-off or a schedule, that.
             expected: cells that there should be; those without a record are shown as missing.
@@ -93,6 +97,9 @@ class Comparison:
                 fix="leave it out, or give a larger one",
             )
         given, given_up = list(records), dict(diverged or {})
+        given_up |= {place_of(r): r.training[DIVERGED] for r in given if DIVERGED in r.training}
+        choices = [r for r in given if is_choice(r)]
+        given = [r for r in given if not (DIVERGED in r.training or is_choice(r))]
         plain_ones = [r for r in given if r.function == recipe_of(r)["function"]]
         others = [r for r in given if r.function != recipe_of(r)["function"]]
         cells = [cell_of(record) for record in plain_ones]
@@ -114,7 +121,7 @@ class Comparison:
                 fix="name the folder that holds the runs",
             )
         added_up = [cell_of(record) for record in others]
-        rows, interference = rows_of(cells), rows_of(added_up)
+        rows, interference = rows_of(cells, choices), rows_of(added_up)
         settings = Settings(own=_own(rows, own), margin=margin)
         tests = tests_of(rows, settings.own)
         verdict, reason = verdict_of(tests, settings.own, margin)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from dataclasses import fields as fields_of
 from functools import cached_property
 from typing import Any
 
-from expunge.comparison.cells import Cell, Status
+from expunge.comparison.cells import Cell, Status, place_of, spent
 from expunge.evaluation.stats import Spread, mean_and_spread
+from expunge.records import RunRecord
 
 SUMMARIES = ("forget", "retain", "harmonic", "hypervolume")
 
@@ -23,12 +24,14 @@ class Row:
         removed: that was to be removed; another one, or several, where patches were added up or
             measured for their side effects.
         cells: by seed.
+        choice: what the choice of settings took for all seeds together, as a cell's ``spent``.
     """
 
     method: str
     function: str
     cells: tuple[Cell, ...]
     removed: str
+    choice: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def counted(self) -> tuple[Cell, ...]:
@@ -86,6 +89,11 @@ class Row:
         """Inner steps or looks of a seed, as far as they are recorded."""
         return self._spread(cell.spent.get(name) for cell in self.cells)
 
+    def total(self, name: str) -> int:
+        """Inner steps or looks of all seeds and of the choice of settings before them."""
+        own = sum(cell.spent.get(name, 0) for cell in self.cells)
+        return own + self.choice.get(name, 0)
+
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""
         return {
@@ -98,6 +106,8 @@ class Row:
             **{name: plain(spread) for name, spread in self.spreads.items()},
             "parts": {name: plain(spread) for name, spread in self.parts.items()},
             "spent": {name: plain(self.spent(name)) for name in ("inner_steps", "looks")},
+            "choice": dict(self.choice),
+            "total": {name: self.total(name) for name in ("inner_steps", "looks")},
             "by_seed": [cell.to_dict() for cell in self.cells],
         }
 
@@ -106,8 +116,13 @@ class Row:
         return mean_and_spread([value for value in values if value is not None])
 
 
-def rows_of(cells: Sequence[Cell]) -> tuple[Row, ...]:
-    """Cells by function and method, in the order in which these first appear; seeds ascend."""
+def rows_of(cells: Sequence[Cell], choices: Sequence[RunRecord] = ()) -> tuple[Row, ...]:
+    """Cells by function and method, in the order in which these first appear; seeds ascend.
+
+    Args:
+        choices: records of the searches behind the settings.
+    """
+    chosen = {(place_of(r).function, place_of(r).method): spent(r) for r in choices}
     grouped: dict[tuple[str, str, str], list[Cell]] = {}
     for cell in cells:
         removed = cell.place.function if cell.record is None else cell.record.function
@@ -115,7 +130,13 @@ def rows_of(cells: Sequence[Cell]) -> tuple[Row, ...]:
     functions = list(dict.fromkeys(function for function, _, _ in grouped))
     ordered = sorted(grouped.items(), key=lambda item: functions.index(item[0][0]))
     return tuple(
-        Row(method, function, tuple(sorted(own, key=lambda cell: cell.place.seed)), removed)
+        Row(
+            method,
+            function,
+            tuple(sorted(own, key=lambda cell: cell.place.seed)),
+            removed,
+            chosen.get((function, method), {}),
+        )
         for (function, method, removed), own in ordered
     )
 

@@ -12,18 +12,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from expunge.comparison import Comparison, Place
+from expunge.compare.plan import CONTROL, LEARNED, ComparisonPlan, settled
+from expunge.comparison import DIVERGED, Comparison, Place
 from expunge.errors import DataError, DivergedError, ExpungeError
 from expunge.files import write_json
 from expunge.jobs import AnyJob, Job, JointJob, SequenceJob, run_jobs
 from expunge.learning import method_of
-from expunge.matrix import CONTROL, LEARNED, ComparisonPlan, settled
 from expunge.progress import Progress, Silent
 from expunge.recipe import Recipe
 from expunge.records import RECORD_NAME, RunRecord
 
 COMPARISON_NAME = "comparison.json"
-DIVERGED = "diverged"
 
 Key = tuple[str, str]
 """(function, method)"""
