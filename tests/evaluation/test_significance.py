@@ -13,6 +13,8 @@ from expunge.evaluation.significance import (
     Components,
     Effect,
     Error,
+    above,
+    below,
     effect,
     equivalence,
     moments,
@@ -276,3 +278,12 @@ def test_seeds_that_agree_by_chance_are_not_surer_than_their_examples() -> None:
     assert found.components == Components(0.0, (0.0,), (pytest.approx(2 / 3),), (4,))
     assert found.error is not None and found.error.parts[0][0] == pytest.approx(2 / 3 / 4 / 2)
     assert found.p is not None and found.p < 1
+
+
+def test_one_sided_margins() -> None:
+    """Below .3 and above −.3, by hand from Student's t."""
+    found = Effect(mean=0.1, error=Error(((0.01, 4.0),)))
+    assert below(found, 0.3) == pytest.approx(stats.t.sf(2, 4))
+    assert above(found, -0.3) == pytest.approx(stats.t.sf(4, 4))
+    assert equivalence(found, 0.3) == below(found, 0.3)
+    assert below(Effect(mean=0.1), 0.3) is None and above(Effect(), -0.3) is None

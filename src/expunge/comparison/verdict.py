@@ -21,6 +21,8 @@ from expunge.evaluation.significance import (
     MOST_SEEDS,
     MOST_TIMES,
     Effect,
+    above,
+    below,
     effect,
     equivalence,
     needed,
@@ -75,11 +77,12 @@ class Verdict:
     """What the matrix says of the claim.
 
     Attributes:
-        word: ``specialised``: each own objective is significantly better on its function than the
-            other function's own. ``interchangeable``: both differences lie within the margin, by
-            two one-sided tests, which counts first: such a difference may be significant too, but
-            is too small to need an objective of its own. ``one objective for both``: one of the two
-            is significantly better on both functions. ``undecided``: none of these.
+        word: the first of these that holds. ``interchangeable``: both differences lie within the
+            margin, by two one-sided tests; they may be significant, but are too small to need an
+            objective of its own. ``one objective for both``: one of the two is significantly better
+            on a function and, on the other, better or at least not worse by the margin.
+            ``specialised``: each own objective is significantly better on its function than the
+            other function's own. ``undecided``: none.
         primary: the two tests it rests on.
         power: what would decide it.
     """
@@ -149,20 +152,26 @@ def verdict_of(
     word = _word(a, b, margin)
     after = f" after Holm over {made} tests" if made > 1 else ""
     told = f"{_told(a, margin, MEASURE, after)}; {_told(b, margin)}"
+    if a.worse and b.worse:
+        told += "; each is better on the other function than on its own"
     return Verdict(
         word, f"{word.capitalize()}: {told}.", (a, b), _power((a, b), made, margin)
     ), None
 
 
 def _word(a: Test, b: Test, margin: float) -> Word:
-    same = [equivalence(test.effect, margin) for test in (a, b)]
-    if all(p is not None and p < ALPHA for p in same):
+    if all(_shown(equivalence(test.effect, margin)) for test in (a, b)):
         return "interchangeable"
-    if a.better and b.better:
-        return "specialised"
-    if (a.better and b.worse) or (a.worse and b.better):
-        return "one objective for both"
-    return "undecided"
+    for one, other in ((a, b), (b, a)):
+        # The own objective of ``one`` is the other method in ``other``.
+        enough = _shown(above(one.effect, -margin)) and _shown(below(other.effect, margin))
+        if enough and (one.better or other.worse):
+            return "one objective for both"
+    return "specialised" if a.better and b.better else "undecided"
+
+
+def _shown(p: float | None) -> bool:
+    return p is not None and p < ALPHA
 
 
 def _told(test: Test, margin: float, of_what: str = "", after: str = "") -> str:
@@ -188,10 +197,12 @@ def _told(test: Test, margin: float, of_what: str = "", after: str = "") -> str:
     else:
         more = "above" if found.mean >= 0 else "below"
         verb = f"is {size} {more} {test.other}, which chance could explain"
-    same = equivalence(found, margin)
     within = ""
-    if same is not None and same < ALPHA:
+    same, ahead = equivalence(found, margin), below(found, margin)
+    if same is not None and _shown(same):
         within = f"; smaller than {_num(margin)}, {_p(same)}"
+    elif ahead is not None and _shown(ahead) and not test.worse:
+        within = f"; ahead by less than {_num(margin)}, {_p(ahead)}"
     return f"{lead}{verb} ({_p(test.p_adjusted)}{after}{within})"
 
 

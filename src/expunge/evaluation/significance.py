@@ -260,13 +260,27 @@ def equivalence(found: Effect, margin: float) -> float | None:
     Raises:
         ValueError: the margin is not above 0.
     """
+    sides = [below(found, margin), above(found, -margin)]
+    return None if sides[0] is None or sides[1] is None else max(sides[0], sides[1])
+
+
+def below(found: Effect, margin: float) -> float | None:
+    """p of the one-sided test that the effect is below ``margin`` > 0; None without an error.
+
+    Of the second method it says: not worse than the first by the margin.
+    """
     if not margin > 0:
         raise ValueError(f"a margin above 0, not {margin}")
     if found.mean is None or found.error is None:
         return None
     if found.error.se <= LEAST:
-        return 0.0
-    return found.error.tail((margin - abs(found.mean)) / found.error.se)
+        return 0.0 if found.mean < margin else 1.0
+    return found.error.tail((margin - found.mean) / found.error.se)
+
+
+def above(found: Effect, margin: float) -> float | None:
+    """The reverse: p of the test that the effect is above ``margin`` < 0."""
+    return below(replace(found, mean=None if found.mean is None else -found.mean), -margin)
 
 
 def needed(
