@@ -125,6 +125,18 @@ def test_other_numbers_of_examples_are_refused() -> None:
     assert "forget_accuracy has 40 examples in one run, 80" in str(compared.tests[0].effect.reason)
 
 
+def test_other_base_weights_under_one_name_are_refused() -> None:
+    def on(record, fingerprint):  # type: ignore[no-untyped-def]
+        base = {"down_proj.weight": {"fingerprint": fingerprint}}
+        return replace(record, provenance={**record.provenance, "base": base})
+
+    ours, theirs = knowledge(RMU, forget=0.4), knowledge("npo")
+    same = Comparison.of([on(ours, "1"), on(theirs, "1"), knowledge("banned-words")])
+    assert all(test.effect.mean is not None for test in same.tests)
+    other = Comparison.of([on(ours, "1"), on(theirs, "2")])
+    assert other.tests[0].effect.reason == "refused: they changed other base models"
+
+
 def test_records_without_values_are_compared_over_seeds_alone() -> None:
     records = [knowledge(RMU, s, forget=0.3 + s / 10, values=False) for s in range(3)]
     records += [knowledge("npo", s, forget=0.6 + s / 40, values=False) for s in range(3)]

@@ -68,7 +68,7 @@ def test_specialised() -> None:
         r"retaining \(p = \.00\d after Holm over 3 tests\); on toxicity", found.sentence
     )
     assert "on toxicity multi-layer-probe beats cosine-rmu by" in found.sentence
-    assert found.power == "Both tests are decided at this size."
+    assert found.power == "It is decided with these seeds and examples."
 
 
 def test_parts_and_counts_stand_beside_each_test() -> None:
@@ -147,17 +147,12 @@ def test_both_diverged_is_no_difference_and_no_test() -> None:
 
 def test_no_verdict_without_the_cells() -> None:
     records = matrix({RMU: 0.3, PROBE: 0.6}, {RMU: 0.4, PROBE: 0.1})
+    rude = [r for r in records if r.function == "toxicity"]
+    apart = [r for r in records if r in rude or (r.objective == RMU) == (r.seed < 2)]
     for kept, reason in (
         ([r for r in records if r.objective == RMU], "not both run on knowledge"),
-        ([r for r in records if r.function == "toxicity"], "not both run on knowledge"),
-        (
-            [
-                r
-                for r in records
-                if r.function == "toxicity" or (r.objective == RMU) == (r.seed < 2)
-            ],
-            "no seed was run with both",
-        ),
+        (rude, "not both run on knowledge"),
+        (apart, "no seed was run with both"),
     ):
         compared = Comparison.of(kept)
         assert compared.verdict is None and reason in str(compared.verdict_reason)
