@@ -15,8 +15,8 @@ quantiles for the degrees of freedom of each part, weighed by the parts' varianc
 Deviations. From Clark's min F': D may be any smooth summary, such as a harmonic mean; its d_sq are
 then the examples' influence values (delta method), and several sets may enter, each with examples
 of its own. From the usual: Satterthwaite's degrees of freedom are told but not used; with them
-7 to 8 % of true null hypotheses are rejected at three seeds (docs/methods.md), with Cochran's
-value about 5 % or less.
+as many as 8 % of true null hypotheses are rejected at three seeds and 12 % at two
+(docs/methods.md), with Cochran's value about 5 % or less.
 
 With one seed nothing is known of other seeds: the effect has no interval and no p of its own, only
 a `Partial` one that says so.
