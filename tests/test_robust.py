@@ -133,7 +133,7 @@ def test_worker_that_was_killed(tmp_path: Path, monkeypatch) -> None:
     bystander = multiprocessing.get_context("spawn").Process(target=signal.pause)
     bystander.start()
     recipe = Recipe.build({"model": "m", "forget": "f", "retain": "r"})
-    monkeypatch.setattr(module, "_try", _die)
+    monkeypatch.setattr(module, "try_job", _die)
     try:
         with pytest.raises(ResourceError, match="was killed"):
             run_jobs([Job(recipe, tmp_path / "a"), Job(recipe, tmp_path / "b")], workers=2)

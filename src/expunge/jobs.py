@@ -108,42 +108,85 @@ Rescue = Callable[[AnyJob, ExpungeError], RunRecord | None]
 
 
 def run_jobs(
-    jobs: Sequence[AnyJob],
-    *,
-    workers: int | None = None,
-    progress: Progress | None = None,
-    rescue: Rescue = lambda _job, _error: None,
-    ray: bool = False,
+    jobs: Sequence[AnyJob], *, workers: int | None = None, progress: Progress | None = None
 ) -> list[RunRecord]:
     """Do all jobs; records in the order of the jobs.
 
     Args:
         workers: processes; None: a process a core. With one, everything happens in this process.
         progress: told of each finished run.
-        rescue: asked about each error.
-        ray: have a Ray cluster do the jobs; all its machines must see the same files.
 
     Raises:
-        ExpungeError: the first that a run met, and that was not rescued; runs that were finished
-            stay finished.
-        ResourceError: a process was killed, or Ray is not installed.
+        ExpungeError: the first that a run met; runs that were finished stay finished.
     """
-    progress = progress or Silent()
     workers = default_workers(len(jobs)) if workers is None else workers
-    with progress.phase("runs", len(jobs)) as advance:
-        if ray:
+    with Workers(workers, progress=progress or Silent()) as hands:
+        return hands.do(jobs)
+
+
+class Workers:
+    """Processes that do one batch of jobs after another and keep their benches; a context manager.
+
+    Args:
+        count: of processes. With one, everything happens in this process.
+        progress: told of each finished run.
+        ray: have a Ray cluster do the jobs; all its machines must see the same files.
+    """
+
+    def __init__(self, count: int, *, progress: Progress, ray: bool = False) -> None:
+        self.count, self.progress, self.ray = count, progress, ray
+        self._pool: Pool | None = None
+        self._others = {*multiprocessing.active_children()}
+
+    def __enter__(self) -> Workers:
+        if self.ray:
             from expunge.cluster import RayPool
 
-            return _in_pool(jobs, RayPool(), advance, rescue)
-        if workers > 1:
-            return _in_processes(jobs, workers, advance, rescue)
-        found: dict[int, RunRecord] = {}
-        waiting = dict(enumerate(jobs))
-        while waiting:
-            index = _ready(waiting, ())[0]
-            found[index] = _rescued(waiting.pop(index), rescue)
-            advance(1, _name(jobs[index]))
-        return [found[index] for index in range(len(jobs))]
+            self._pool = RayPool()
+        elif self.count > 1:
+            context = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(
+                self.count, mp_context=context, initializer=prepare_process
+            )
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and not self.ray:
+            # Runs under way save their state and stop; those that wait never start.
+            for process in {*multiprocessing.active_children()} - self._others:
+                process.terminate()
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def do(
+        self, jobs: Sequence[AnyJob], rescue: Rescue = lambda _job, _error: None
+    ) -> list[RunRecord]:
+        """Do all jobs; records in the order of the jobs.
+
+        Args:
+            rescue: asked about each error.
+
+        Raises:
+            ExpungeError: the first that a run met, and that was not rescued.
+            ResourceError: a process was killed.
+        """
+        try:
+            with self.progress.phase("runs", len(jobs)) as advance:
+                if self._pool is not None:
+                    return _in_pool(jobs, self._pool, advance, rescue)
+                return _here(jobs, advance, rescue)
+        except BrokenProcessPool as error:
+            raise _worker_lost(self.count) from error
+
+
+def _here(jobs: Sequence[AnyJob], advance: Advance, rescue: Rescue) -> list[RunRecord]:
+    found: dict[int, RunRecord] = {}
+    waiting = dict(enumerate(jobs))
+    while waiting:
+        index = _ready(waiting, ())[0]
+        found[index] = _rescued(waiting.pop(index), rescue)
+        advance(1, _name(jobs[index]))
+    return [found[index] for index in range(len(jobs))]
 
 
 def _rescued(job: AnyJob, rescue: Rescue) -> RunRecord:
@@ -179,48 +222,26 @@ class Pool(Protocol):
         """Start no more."""
 
 
-def _in_processes(
-    jobs: Sequence[AnyJob], workers: int, advance: Advance, rescue: Rescue
-) -> list[RunRecord]:
-    context = multiprocessing.get_context("spawn")
-    others = {*multiprocessing.active_children()}
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=prepare_process)
-    try:
-        return _in_pool(jobs, pool, advance, rescue)
-    except BaseException as error:
-        # Runs under way save their state and stop; those that wait never start.
-        for process in {*multiprocessing.active_children()} - others:
-            process.terminate()
-        if isinstance(error, BrokenProcessPool):
-            raise _worker_lost(workers) from error
-        raise
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
 def _in_pool(
     jobs: Sequence[AnyJob], pool: Pool, advance: Advance, rescue: Rescue
 ) -> list[RunRecord]:
     waiting = dict(enumerate(jobs))
     futures: dict[Future[RunRecord | _Failure], int] = {}
     found: dict[int, RunRecord] = {}
-    try:
-        while waiting or futures:
-            for index in _ready(waiting, [jobs[index] for index in futures.values()]):
-                futures[pool.submit(try_job, waiting.pop(index))] = index
-            done, _ = wait(futures, return_when=FIRST_COMPLETED)
-            for future in done:
-                index, result = futures.pop(future), future.result()
-                if isinstance(result, _Failure):
-                    error = _KINDS[result.kind](**result.parts)
-                    record = rescue(jobs[index], error)
-                    if record is None:
-                        raise error
-                    result = record
-                found[index] = result
-                advance(1, _name(jobs[index]))
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+    while waiting or futures:
+        for index in _ready(waiting, [jobs[index] for index in futures.values()]):
+            futures[pool.submit(try_job, waiting.pop(index))] = index
+        done, _ = wait(futures, return_when=FIRST_COMPLETED)
+        for future in done:
+            index, result = futures.pop(future), future.result()
+            if isinstance(result, _Failure):
+                error = _KINDS[result.kind](**result.parts)
+                record = rescue(jobs[index], error)
+                if record is None:
+                    raise error
+                result = record
+            found[index] = result
+            advance(1, _name(jobs[index]))
     return [found[index] for index in range(len(jobs))]
 
 

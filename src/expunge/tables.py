@@ -15,6 +15,7 @@ from expunge.records import RunRecord, Score
 from expunge.registry import Entry
 
 if TYPE_CHECKING:
+    from expunge.comparison import Comparison, Row
     from expunge.demo import DemoSummary
     from expunge.evaluation.stats import Spread
     from expunge.metalearning.archive import Entry as Point
@@ -88,13 +89,54 @@ def print_front(console: Console, front: Sequence[Point], record: RunRecord) -> 
             style="bold" if entry.chosen else None,
         )
     console.print(table)
-    told = f"{facts['episodes']} episodes and the last run: {facts['inner_steps']} steps"
+    runs = f"{facts['episodes']} episodes and the last run"
+    if facts["kind"] == "search":
+        runs = f"{facts['episodes']} whole runs"
+    told = f"{runs}: {facts['inner_steps']} steps"
     console.print(f"{told}, {_duration(facts['seconds'])}", markup=False, highlight=False)
 
 
 def print_scores(console: Console, scores: Sequence[Score]) -> None:
     """Scores of one model."""
     console.print(_scores_table("scores", scores))
+
+
+def print_comparison(console: Console, found: Comparison) -> None:
+    """The verdict, a line for each method on each function, and what a reader must know."""
+    verdict = found.verdict
+    told = verdict.sentence if verdict else f"No verdict: {found.verdict_reason}"
+    console.print(Text(told, style="bold"))
+    if verdict and verdict.power:
+        console.print(Text(verdict.power))
+    adjusted = {(test.function, test.other): test.p_adjusted for test in found.tests}
+    for title, rows in (("", found.rows), (", several functions at once", found.interference)):
+        for function in dict.fromkeys(row.function for row in rows):
+            table = Table(title=f"{function}{title}, mean ± sd over n seeds", box=SIMPLE_HEAD)
+            table.add_column("method (n)", no_wrap=True)
+            for name in ("forget", "retain", "harmonic", "hypervolume", "p", "steps", "looks"):
+                table.add_column(name, justify="right")
+            for row in rows:
+                if row.function != function:
+                    continue
+                p = adjusted.get((function, row.method))
+                table.add_row(
+                    Text(f"{row.method} ({_counts(row)})"),
+                    *map(_spread, (row.forget, row.retain, row.harmonic, row.hypervolume)),
+                    "" if p is None else "<.001" if p < 0.001 else f"{p:.3f}",
+                    str(row.total("inner_steps")),
+                    str(row.total("looks")),
+                )
+            console.print(table)
+    console.print(Text("p: of the difference to the function's own objective, after Holm"))
+    for note in found.notes:
+        console.print(Text(f"note: {note}"))
+
+
+def _counts(row: Row) -> str:
+    """How many seeds, and how many of them came to nothing."""
+    told = [str(len(row.cells) - row.missing)]
+    told += [f"{row.diverged} diverged"] if row.diverged else []
+    return ", ".join([*told, f"{row.missing} missing"] if row.missing else told)
 
 
 def print_demo(console: Console, summary: DemoSummary) -> None:

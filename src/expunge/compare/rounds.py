@@ -14,9 +14,10 @@ from pathlib import Path
 
 from expunge.compare.plan import CONTROL, LEARNED, ComparisonPlan, settled
 from expunge.comparison import DIVERGED, Comparison, Place
+from expunge.comparison.cells import is_choice
 from expunge.errors import DataError, DivergedError, ExpungeError
 from expunge.files import write_json
-from expunge.jobs import AnyJob, Job, JointJob, SequenceJob, run_jobs
+from expunge.jobs import AnyJob, Job, JointJob, SequenceJob, Workers, default_workers
 from expunge.learning import method_of
 from expunge.progress import Progress, Silent
 from expunge.recipe import Recipe
@@ -41,17 +42,18 @@ class Comparing:
 
     def run(self) -> Comparison:
         """All rounds; what was finished before is not done again."""
-        chosen = self._choose()
-        jobs = [*self._seeds(chosen), *self._controls(), *self._together(chosen)]
-        records = [*self._done(jobs), *self._unchosen(chosen)]
-        measured = [record for record in records if record.scores or _diverged(record)]
+        workers = default_workers(len(self.plan.methods)) if self.workers is None else self.workers
+        with Workers(workers, progress=self.progress, ray=self.ray) as hands:
+            searches, chosen = self._choose(hands)
+            jobs = [*self._seeds(chosen), *self._controls(), *self._together(chosen)]
+            records = [*searches, *self._done(hands, jobs), *self._unchosen(chosen)]
         expected = [
             Place(method, function, seed)
             for function in self.plan.functions
             for method in self.plan.methods
             for seed in range(self.plan.seeds)
         ]
-        found = Comparison.of(measured, own=self.plan.own, expected=expected)
+        found = Comparison.of(_of_cells(records), own=self.plan.own, expected=expected)
         write_json(self.out / COMPARISON_NAME, found.to_dict())
         return found
 
@@ -59,8 +61,8 @@ class Comparing:
         """Where a run lies."""
         return self.out / function / re.sub(r"\W+", "-", method).strip("-") / name
 
-    def _choose(self) -> dict[Key, Recipe | RunRecord]:
-        """What each cell's seeds train with, or the record of a search that found nothing."""
+    def _choose(self, hands: Workers) -> tuple[list[RunRecord], dict[Key, Recipe | RunRecord]]:
+        """The searches; what each cell's seeds train with, or the record of one that failed."""
         chosen: dict[Key, Recipe | RunRecord] = {}
         jobs: dict[Key, Job] = {}
         for function in self.plan.functions:
@@ -73,10 +75,11 @@ class Comparing:
                     chosen[function, method] = self.plan.learned(function, method)
                 elif method != CONTROL:
                     chosen[function, method] = self.plan.recipe(function, method)
-        for key, record in zip(jobs, self._done(list(jobs.values())), strict=True):
+        searches = self._done(hands, list(jobs.values()))
+        for key, record in zip(jobs, searches, strict=True):
             own = self.plan.recipe(*key)
             chosen[key] = record if _diverged(record) else settled(own, record.training)
-        return chosen
+        return [one for one in searches if not _diverged(one)], chosen
 
     def _seeds(self, chosen: dict[Key, Recipe | RunRecord]) -> list[Job]:
         return [
@@ -155,13 +158,11 @@ class Comparing:
         """function -> the objective made for it, for the functions that are compared."""
         return {name: self.plan.own[name] for name in self.plan.functions if name in self.plan.own}
 
-    def _done(self, jobs: Sequence[AnyJob]) -> list[RunRecord]:
+    def _done(self, hands: Workers, jobs: Sequence[AnyJob]) -> list[RunRecord]:
         """The jobs' records; those that diverged say so, and are not tried again."""
         known = {} if self.fresh else {job.out: _known_to_diverge(job) for job in jobs}
         left = [job for job in jobs if known.get(job.out) is None]
-        found = run_jobs(
-            left, workers=self.workers, progress=self.progress, rescue=_rescued, ray=self.ray
-        )
+        found = hands.do(left, _rescued)
         done = {job.out: record for job, record in zip(left, found, strict=True)}
         return [known.get(job.out) or done[job.out] for job in jobs]
 
@@ -177,6 +178,11 @@ def diverged_record(recipe: Recipe, reason: str) -> RunRecord:
         provenance={"recipe": recipe.model_dump(mode="json", exclude_none=True)},
         training={DIVERGED: reason},
     )
+
+
+def _of_cells(records: Sequence[RunRecord]) -> list[RunRecord]:
+    """Without what was trained jointly or in sequence and is measured by others."""
+    return [one for one in records if one.scores or _diverged(one) or is_choice(one)]
 
 
 def _diverged(record: RunRecord) -> str | None:
