@@ -252,22 +252,49 @@ class Learning:
             # What is opened for less would be opened again for training.
             whole = self._wants_twins(objective_of(recipe).extras["needs"])
             opened = self.opened(recipe.model, None if whole else max(layers) + 1)
-            tokens = self.tokens(recipe)
-            toxic = [ids for topic in tokens.forget for ids in topic]
-            total = len(toxic) + len(tokens.contrast)
-            with timed(self.timing, "probe"), self.progress.phase("probe", total) as advance:
-                self._probes[key] = fit_probes(
-                    opened.model,
-                    opened.structure,
-                    toxic,
-                    tokens.contrast,
-                    layers=layers,
-                    kind=recipe.probe,
-                    pooling=recipe.probe_pooling,
-                    paired=self.data.paired,
-                    on_progress=advance,
-                )
+            self._probes[key] = self._fitted(recipe, opened, layers)
         return self._probes[key]
+
+    def probe_accuracy(self, recipe: Recipe, artefact: Any) -> dict[str, list[list[float]]]:
+        """Held-out accuracy of a probe at each layer, on the base and on what a run left.
+
+        New probes are fitted for either, so that what is still there is found again; forget texts
+        against the other class, or the retain texts.
+
+        Args:
+            artefact: a patch or an intervention.
+
+        Returns:
+            ``before`` and ``after``: [layer, accuracy] of every layer.
+        """
+        layers = tuple(range(self.checkpoint.n_layers))
+        opened = self.opened(recipe.model, None)
+        key = (recipe.probe, recipe.probe_pooling, layers, recipe.max_tokens)
+        if key not in self._probes:
+            self._probes[key] = self._fitted(recipe, opened, layers)
+        with artefact.applied(opened.model):
+            after = self._fitted(recipe, opened, layers)
+        return {
+            name: [[probe.layer, probe.accuracy] for probe in probes]
+            for name, probes in (("before", self._probes[key]), ("after", after))
+        }
+
+    def _fitted(self, recipe: Recipe, opened: Opened, layers: tuple[int, ...]) -> tuple[Probe, ...]:
+        tokens = self.tokens(recipe)
+        toxic = [ids for topic in tokens.forget for ids in topic]
+        total = len(toxic) + len(tokens.contrast)
+        with timed(self.timing, "probe"), self.progress.phase("probe", total) as advance:
+            return fit_probes(
+                opened.model,
+                opened.structure,
+                toxic,
+                tokens.contrast,
+                layers=layers,
+                kind=recipe.probe,
+                pooling=recipe.probe_pooling,
+                paired=self.data.paired,
+                on_progress=advance,
+            )
 
     def known_probes(self, recipe: Recipe) -> tuple[Probe, ...]:
         """The probes behind a recipe's directions; none for an objective that needs none."""

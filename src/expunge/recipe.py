@@ -186,6 +186,9 @@ class Recipe(BaseModel):
     sampling_seed: int = Field(0, ge=0, description="of the sampling, the same for all runs")
     temperature: float = Field(1.0, ge=0, description="of sampling; 0: the likeliest token")
     max_prompts: int = Field(200, ge=1, description="largest number of prompts of a set")
+    measure_probes: bool = Field(
+        False, description="fit probes anew on base and patched model, a layer each"
+    )
     oracle: Name | None = Field(None, description="a model never taught the function, to compare")
 
     @field_validator("forget", "retain", "scorers", mode="before")
@@ -248,7 +251,7 @@ class Recipe(BaseModel):
     def fingerprint(self) -> str:
         """Hash of all that changes the trained weights: runs with the same one may resume."""
         return self._hash(
-            exclude={"save_every", "evaluate", "measure_on", "oracle"}
+            exclude={"save_every", "evaluate", "measure_on", "measure_probes", "oracle"}
             | {*MEASURING_FIELDS}
             | {"micro_batch_size", "cache_gib"}
         )

@@ -83,7 +83,12 @@ class Comparing:
 
     def _seeds(self, chosen: dict[Key, Recipe | RunRecord]) -> list[Job]:
         return [
-            Job(recipe.updated(seed=seed), self.folder(*key, f"seed{seed}"), self.fresh)
+            Job(
+                # Probes take their time, and tell of the objective more than of the seed.
+                recipe.updated(seed=seed, measure_probes=seed == 0),
+                self.folder(*key, f"seed{seed}"),
+                self.fresh,
+            )
             for key, recipe in chosen.items()
             if isinstance(recipe, Recipe)
             for seed in range(self.plan.seeds)

@@ -102,7 +102,7 @@ def _of_recipes(row: Row) -> list[str]:
     recipes = [recipe_of(cell.record) for cell in row.cells if cell.record is not None]
     mixed = sorted(
         key
-        for key in {key for recipe in recipes for key in recipe} - {"seed"}
+        for key in {key for recipe in recipes for key in recipe} - {"seed", "measure_probes"}
         if len({json.dumps(recipe.get(key), sort_keys=True) for recipe in recipes}) > 1
     )
     if mixed:
