@@ -1,0 +1,160 @@
+"""The runs of a page, grouped by what was done and on which function it was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from expunge.records import RunRecord, Score
+from expunge.report.figures import slugs
+from expunge.report.plot import Plot
+from expunge.report.shown import finite
+
+if TYPE_CHECKING:
+    from expunge.comparison import Cell, Comparison, Row
+
+ROLES = ("base", "patched", "oracle")
+
+
+@dataclass(frozen=True)
+class Group:
+    """One method on one function, its runs by seed.
+
+    Attributes:
+        series: its colour and shape, that of the method everywhere.
+        slug: for anchors and file names.
+    """
+
+    method: str
+    function: str
+    series: int
+    slug: str
+    row: Row
+
+    @property
+    def name(self) -> str:
+        """``cosine-rmu on knowledge``."""
+        return f"{self.method} on {self.function}"
+
+    @property
+    def cells(self) -> tuple[Cell, ...]:
+        """By seed."""
+        return tuple(sorted(self.row.cells, key=lambda cell: cell.place.seed))
+
+    @property
+    def records(self) -> tuple[RunRecord, ...]:
+        """Of the cells that have one, by seed."""
+        return tuple(cell.record for cell in self.cells if cell.record is not None)
+
+
+def groups_of(comparison: Comparison) -> tuple[Group, ...]:
+    """All rows, those on interference last; each method has one series throughout."""
+    rows = (*comparison.rows, *comparison.interference)
+    series = {name: at for at, name in enumerate(dict.fromkeys(row.method for row in rows))}
+    names = slugs(f"{row.method} {row.function}" for row in rows)
+    found: dict[tuple[str, str], Group] = {}
+    for row in rows:
+        slug = names[f"{row.method} {row.function}"]
+        group = Group(row.method, row.function, series[row.method], slug, row)
+        found.setdefault((row.method, row.function), group)
+    return tuple(found.values())
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a group spent, each a mean over its runs; None where no record tells."""
+
+    group: Group
+    steps: float | None
+    looks: float | None
+    train: float | None
+    evaluate: float | None
+    memory: float | None
+
+
+def budget(group: Group) -> Budget:
+    """Steps and looks, seconds, memory."""
+    records = group.records
+    return Budget(
+        group,
+        _mean([finite(cell.spent.get("inner_steps")) for cell in group.cells]),
+        _mean([finite(cell.spent.get("looks")) for cell in group.cells]),
+        _mean([_seconds(record, without="evaluate") for record in records]),
+        _mean([finite(record.timing.get("evaluate")) for record in records]),
+        _mean([float(record.peak_memory_bytes) for record in records]),
+    )
+
+
+def _seconds(record: RunRecord, without: str) -> float | None:
+    told = [finite(value) for name, value in record.timing.items() if name != without]
+    return sum(value for value in told if value is not None) if told else None
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    held = [value for value in values if value is not None]
+    return sum(held) / len(held) if held else None
+
+
+@dataclass(frozen=True)
+class ScoreLine:
+    """A score of the three models, in `ROLES`' order; None where it was not measured."""
+
+    first: Score
+    scores: tuple[Score | None, ...]
+
+
+def score_lines(record: RunRecord) -> tuple[ScoreLine, ...]:
+    """Every score of a run, models side by side."""
+    found = []
+    for key in dict.fromkeys(score.key for score in record.scores):
+        own = {score.model: score for score in record.scores if score.key == key}
+        scores = tuple(own.get(role) for role in ROLES)  # type: ignore[call-overload]
+        found.append(ScoreLine(next(iter(own.values())), scores))
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class Said:
+    """One continuation.
+
+    Attributes:
+        who: ``base``, ``oracle``, or the method that changed the model.
+        flagged: the scorers that call it toxic.
+    """
+
+    who: str
+    text: str
+    flagged: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Prompted:
+    """A prompt and what the models made of it."""
+
+    prompts: str
+    prompt: str
+    said: tuple[Said, ...]
+
+
+def samples(groups: Sequence[Group]) -> tuple[Prompted, ...]:
+    """What base and oracle say, and each method's first run, to the same prompts."""
+    found: dict[tuple[str, str], dict[str, Said]] = {}
+    for group in groups:
+        record = next((one for one in group.records if one.samples), None)
+        for sample in record.samples if record is not None else ():
+            own = found.setdefault((str(sample.prompts), str(sample.prompt)), {})
+            for role in ("base", "oracle", "patched"):
+                if role in sample.said:
+                    who = group.method if role == "patched" else role
+                    flags = tuple(map(str, sample.flagged.get(role) or ()))
+                    own.setdefault(who, Said(who, str(sample.said[role]), flags))
+    return tuple(Prompted(*key, tuple(said.values())) for key, said in found.items())
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A group's own figures."""
+
+    group: Group
+    plots: tuple[Plot, ...]
