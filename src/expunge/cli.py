@@ -572,6 +572,41 @@ def show(
     console.print_json(facts) if as_json else show_it()
 
 
+@app.command()
+def report(
+    paths: Annotated[
+        list[Path],
+        typer.Argument(metavar="PATH...", help="Runs, or folders below which runs lie."),
+    ],
+    out: Annotated[
+        Path, typer.Option("-o", "--out", metavar="FILE", help="The page.")
+    ] = Path("report.html"),
+    figures: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Also write each figure as an SVG file in this folder."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write one page that compares runs, or shows one: verdict, scores, tests, texts, provenance.
+
+    It needs the runs' records alone, no model. The page loads nothing and runs
+    nothing, so it can be sent around or printed.
+    """
+    from expunge.comparison import Comparison
+    from expunge.report.gather import gather
+    from expunge.report.page import page_of
+    from expunge.report.render import check_own, save_page
+
+    check_own(out)
+    gathered = gather(paths)
+    for what, why in gathered.left_out:
+        console.say(f"left out: {what}: {why}")
+    page = page_of(gathered, Comparison.of(gathered.records))
+    written = save_page(page, out, figures)
+    facts = {"out": str(out), "runs": len(gathered.sources), "left_out": len(gathered.left_out)}
+    console.result(as_json, {**facts, "figures": [str(path) for path in written[1:]]})
+
+
 def main() -> NoReturn:
     """Entry point: errors of the user without a traceback, each kind with its exit code."""
     # A scheduler's polite stop is an interruption like Ctrl-C: state is saved, nothing is lost.

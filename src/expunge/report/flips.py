@@ -98,7 +98,12 @@ def _names(run: RunRecord, side: Side, n: int) -> list[str]:
     seen: Counter[str] = Counter()
     found = []
     for at in range(n):
-        name = str(told[at]) if at < len(told) else f"question {at + 1}"
+        name = _bare(str(told[at])) if at < len(told) else f"question {at + 1}"
         seen[name] += 1
         found.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
     return found
+
+
+def _bare(asked: str) -> str:
+    """A question without the frame that the model is asked in."""
+    return asked.strip().removeprefix("Question:").removesuffix("Answer:").strip()

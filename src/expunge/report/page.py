@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -90,8 +91,12 @@ class Page:
         found: list[Row] = []
         for function in dict.fromkeys(row.function for row in self.comparison.interference):
             own = [row for row in self.comparison.interference if row.function == function]
-            done = " ".join(row.method for row in own)
-            alone = [r for r in self.comparison.rows if r.function == function and r.method in done]
+            parts = {part for row in own for part in re.split(r" \+ |, | then ", row.method)}
+            alone = [
+                row
+                for row in self.comparison.rows
+                if row.function == function and row.method in parts
+            ]
             found += [*alone, *own]
         return found
 
