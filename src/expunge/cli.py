@@ -578,9 +578,9 @@ def report(
         list[Path],
         typer.Argument(metavar="PATH...", help="Runs, or folders below which runs lie."),
     ],
-    out: Annotated[
-        Path, typer.Option("-o", "--out", metavar="FILE", help="The page.")
-    ] = Path("report.html"),
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="FILE", help="The page.")] = Path(
+        "report.html"
+    ),
     figures: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Also write each figure as an SVG file in this folder."),

@@ -1,1 +1,18 @@
 """Objectives × functions × seeds: the matrix, its tests, its verdict, computed from run records."""
+
+from expunge.comparison.cells import Cell, Place, cell_of, oracle_cell
+from expunge.comparison.comparison import Comparison, Settings
+from expunge.comparison.matrix import Row
+from expunge.comparison.verdict import Test, Verdict
+
+__all__ = [
+    "Cell",
+    "Comparison",
+    "Place",
+    "Row",
+    "Settings",
+    "Test",
+    "Verdict",
+    "cell_of",
+    "oracle_cell",
+]

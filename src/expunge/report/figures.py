@@ -2,49 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-
+from expunge.comparison import Cell
 from expunge.evaluation.pareto import front
 from expunge.records import RunRecord
-from expunge.report.plot import Axis, Dot, Line, Plot, linear, logarithmic, shares
+from expunge.report.groups import Group, slug_of
+from expunge.report.plot import ORACLE_SERIES, Axis, Dot, Line, Plot, linear, logarithmic, shares
 from expunge.report.shown import finite, percent
 from expunge.training.watch import Point
-
-if TYPE_CHECKING:
-    from expunge.comparison import Cell, Row
 
 Pairs = tuple[tuple[float, float], ...]
 
 
-def scatter(function: str, rows: Sequence[Row], series: Mapping[str, int]) -> Plot | None:
-    """Each seed's forgetting and keeping, each method's mean, and the front of all seeds."""
+def scatter(function: str, groups: Sequence[Group], oracle: Cell | None = None) -> Plot | None:
+    """Each seed's forgetting and keeping, each method's mean, and the front of all seeds.
+
+    Args:
+        groups: those of the function.
+        oracle: of the function; no part of the front.
+    """
     dots, means, legend = [], [], []
-    for row in rows:
-        seen = [(cell, *_point(cell)) for cell in row.cells if _point(cell) is not None]
-        number = series[row.method]
-        for cell, x, y in seen:
-            dots.append(
-                Dot(x, y, number, "seed", f"{row.method}, seed {cell.place.seed}: {_both(x, y)}")
-            )
-        if row.forget.mean is None or row.retain.mean is None:
+    for group in groups:
+        row = group.row
+        for cell in group.cells:
+            seen = _point(cell)
+            if seen is not None:
+                text = f"{group.method}, seed {cell.place.seed}: {_both(*seen)}"
+                dots.append(Dot(*seen, group.series, "seed", text))
+        if row.harmonic.mean is None or row.forget.mean is None or row.retain.mean is None:
             continue
         x, y = row.forget.mean, row.retain.mean
-        means.append(Dot(x, y, number, "mean", f"{row.method}, mean: {_both(x, y)}"))
+        means.append(Dot(x, y, group.series, "mean", f"{group.method}, mean: {_both(x, y)}"))
         volume = row.hypervolume.mean
-        legend.append((number, row.method + ("" if volume is None else f": {percent(volume)}")))
+        told = group.method + ("" if volume is None else f": {percent(volume)}")
+        legend.append((group.series, told))
     if not dots:
         return None
     points = [Point(dot.x, dot.y) for dot in dots]
     best = [points[at] for at in front(points)]
-    x_axis = shares([point.forget for point in points], "forgotten, %")
-    y_axis = shares([point.retain for point in points], "kept of the rest, %")
-    told = "; ".join(dot.text for dot in means) or "; ".join(dot.text for dot in dots)
+    aim = _point(oracle) if oracle is not None else None
+    if aim is not None:
+        means.append(Dot(*aim, ORACLE_SERIES, "mean", f"retrained oracle: {_both(*aim)}"))
+        legend.append((ORACLE_SERIES, "retrained oracle"))
+    every = [(dot.x, dot.y) for dot in (*dots, *means)]
+    x_axis = shares([x for x, _ in every], "forgotten, %")
+    y_axis = shares([y for _, y in every], "kept of the rest, %")
     return Plot(
-        f"forget-retain-{_slug(function)}",
+        f"forget-retain-{slug_of(function)}",
         function,
-        f"Forgetting across, keeping up. {told}.",
+        f"Forgetting across, keeping up. {'; '.join(dot.text for dot in means)}.",
         x_axis,
         y_axis,
         (Line(_stairs(best, x_axis, y_axis), kind="front"),),
@@ -80,7 +88,7 @@ def curves(name: str, runs: Sequence[RunRecord]) -> list[Plot]:
     losses = {"loss": "loss, weighed sum", "forget": "loss on what is to go"}
     losses |= {"retain": "loss on what is to stay", "gradient_norm": "norm of the gradient"}
     plots = [
-        _over_steps(f"{name}-{_slug(key)}", title, [_column(one, key) for one in found], seeds)
+        _over_steps(f"{name}-{slug_of(key)}", title, [_column(one, key) for one in found], seeds)
         for key, title in losses.items()
     ]
     for at, title in ((1, "validation: forgotten, %"), (2, "validation: kept, %")):
@@ -94,7 +102,7 @@ def curves(name: str, runs: Sequence[RunRecord]) -> list[Plot]:
             lines = [_column({**_group(one, group), "step": one.get("step")}, key) for one in found]
             plots.append(
                 _over_steps(
-                    f"{name}-{group}-{_slug(key)}",
+                    f"{name}-{group}-{slug_of(key)}",
                     f"{what}: {key}",
                     lines,
                     seeds,
@@ -221,19 +229,3 @@ def _pairs(rows: Any) -> Pairs:
             if a is not None and b is not None:
                 found.append((a, b))
     return tuple(found)
-
-
-def slugs(names: Iterable[str]) -> dict[str, str]:
-    """Names as parts of file names and of a page's own anchors, each its own."""
-    found: dict[str, str] = {}
-    for name in dict.fromkeys(names):
-        slug = _slug(name)
-        while slug in found.values():
-            slug += "-2"
-        found[name] = slug
-    return found
-
-
-def _slug(name: str) -> str:
-    kept = "".join(c if c.isascii() and c.isalnum() else " " for c in name.lower())
-    return "-".join(kept.split())[:60] or "x"

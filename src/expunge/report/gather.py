@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
+from expunge.comparison.cells import recipe_of
 from expunge.errors import DataError
 from expunge.records import RECORD_NAME, RunRecord, find_records
 
@@ -54,6 +55,11 @@ def gather(paths: Sequence[Path]) -> Gathered:
         folder = path.parent if path.name == RECORD_NAME and path.is_file() else path
         bad: list[DataError] = []
         for run, record in find_records(folder, bad.append):
+            try:
+                recipe_of(record)
+            except DataError as error:
+                left_out[_name(run, folder)] = error.got
+                continue
             digest = sha256((run / RECORD_NAME).read_bytes()).hexdigest()
             sources.setdefault(run.resolve(), Source(_name(run, folder), record, digest))
         for error in bad:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from expunge.comparison import Cell, Comparison, Row
 from expunge.records import RunRecord, Score
-from expunge.report.figures import slugs
-from expunge.report.plot import Plot
+from expunge.report.plot import ORACLE_SERIES
 from expunge.report.shown import finite
-
-if TYPE_CHECKING:
-    from expunge.comparison import Cell, Comparison, Row
 
 ROLES = ("base", "patched", "oracle")
 
@@ -51,14 +47,41 @@ class Group:
 def groups_of(comparison: Comparison) -> tuple[Group, ...]:
     """All rows, those on interference last; each method has one series throughout."""
     rows = (*comparison.rows, *comparison.interference)
-    series = {name: at for at, name in enumerate(dict.fromkeys(row.method for row in rows))}
-    names = slugs(f"{row.method} {row.function}" for row in rows)
-    found: dict[tuple[str, str], Group] = {}
-    for row in rows:
-        slug = names[f"{row.method} {row.function}"]
-        group = Group(row.method, row.function, series[row.method], slug, row)
-        found.setdefault((row.method, row.function), group)
-    return tuple(found.values())
+    done = [done_of(row) for row in rows]
+    numbers = {name: at for at, name in enumerate(dict.fromkeys(done))}
+    names = slugs(f"{name} {row.function}" for name, row in zip(done, rows, strict=True))
+    return tuple(
+        Group(
+            name,
+            row.function,
+            numbers[name] + (numbers[name] >= ORACLE_SERIES),
+            names[f"{name} {row.function}"],
+            row,
+        )
+        for name, row in zip(done, rows, strict=True)
+    )
+
+
+def done_of(row: Row) -> str:
+    """What was done: the method, and what it was for where something else was measured."""
+    return row.method if row.removed == row.function else f"{row.method}, for {row.removed}"
+
+
+def slugs(names: Iterable[str]) -> dict[str, str]:
+    """Names as parts of file names and of a page's own anchors, each its own."""
+    found: dict[str, str] = {}
+    for name in dict.fromkeys(names):
+        slug = slug_of(name)
+        while slug in found.values():
+            slug += "-2"
+        found[name] = slug
+    return found
+
+
+def slug_of(name: str) -> str:
+    """A name in small letters, digits and dashes."""
+    kept = "".join(c if c.isascii() and c.isalnum() else " " for c in name.lower())
+    return "-".join(kept.split())[:60] or "x"
 
 
 @dataclass(frozen=True)
@@ -150,11 +173,3 @@ def samples(groups: Sequence[Group]) -> tuple[Prompted, ...]:
                     flags = tuple(map(str, sample.flagged.get(role) or ()))
                     own.setdefault(who, Said(who, str(sample.said[role]), flags))
     return tuple(Prompted(*key, tuple(said.values())) for key, said in found.items())
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """A group's own figures."""
-
-    group: Group
-    plots: tuple[Plot, ...]

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from expunge.comparison import Cell, Comparison, Row
 from expunge.report import figures
 from expunge.report.flips import Flips, flips
 from expunge.report.gather import Gathered, Source
 from expunge.report.groups import (
     Budget,
-    Drawn,
     Group,
     Prompted,
     ScoreLine,
@@ -25,8 +24,13 @@ from expunge.report.settings import Difference, Fact, origins, settings
 from expunge.report.shown import percent, times
 from expunge.report.unmeasured import unmeasured
 
-if TYPE_CHECKING:
-    from expunge.comparison import Comparison, Row
+
+@dataclass(frozen=True)
+class Drawn:
+    """A group's own figures."""
+
+    group: Group
+    plots: tuple[Plot, ...]
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,11 @@ class Changed:
     group: Group
     sides: tuple[Flips, ...]
 
+    @property
+    def any(self) -> bool:
+        """Whether any did."""
+        return any(side.lost or side.won for side in self.sides)
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -43,10 +52,12 @@ class Verdict:
 
     Attributes:
         word: in short; empty where nothing was tested.
+        more: what would decide an open one, or why there is none.
     """
 
     word: str
     sentence: str
+    more: str = ""
 
 
 @dataclass(frozen=True)
@@ -79,25 +90,28 @@ class Page:
     unmeasured: tuple[str, ...]
     left_out: tuple[tuple[str, str], ...]
 
-    def row(self, method: str, function: str) -> Row | None:
-        """A cell of the matrix: all seeds of a method on a function."""
-        for row in self.comparison.rows:
-            if (row.method, row.function) == (method, function):
-                return row
-        return None
+    def oracle(self, function: str) -> Cell | None:
+        """The model that was never taught the function, where it was measured."""
+        found = (cell for cell in self.comparison.oracles if cell.place.function == function)
+        return next(found, None)
 
-    def together(self) -> list[Row]:
-        """Rows on interference, each function's after those of its methods alone."""
-        found: list[Row] = []
-        for function in dict.fromkeys(row.function for row in self.comparison.interference):
-            own = [row for row in self.comparison.interference if row.function == function]
-            parts = {part for row in own for part in re.split(r" \+ |, | then ", row.method)}
-            alone = [
-                row
-                for row in self.comparison.rows
-                if row.function == function and row.method in parts
+    def series(self, method: str) -> int:
+        """The colour and shape of a method."""
+        return next((group.series for group in self.groups if group.method == method), 0)
+
+    def together(self) -> list[Group]:
+        """Groups on interference, each function's after those of its methods alone."""
+        combined = self.groups[len(self.comparison.rows) :]
+        found: list[Group] = []
+        for function in dict.fromkeys(group.function for group in combined):
+            own = [group for group in combined if group.function == function]
+            parts = {part for one in own for part in re.split(r" \+ |, | then ", one.row.method)}
+            found += [
+                group
+                for group in self.groups[: len(self.comparison.rows)]
+                if group.function == function and group.method in parts
             ]
-            found += [*alone, *own]
+            found += own
         return found
 
     @property
@@ -112,14 +126,15 @@ class Page:
 def page_of(gathered: Gathered, comparison: Comparison) -> Page:
     """Compute what a page of these records shows."""
     groups = groups_of(comparison)
-    series = {group.method: group.series for group in groups}
     functions = tuple(dict.fromkeys(row.function for row in comparison.rows))
     by_name = {group.name: group.records for group in groups}
     different, shared = settings(by_name)
-    everything = (*comparison.rows, *comparison.interference)
+    oracles = {cell.place.function: cell for cell in comparison.oracles}
     scatters = (
-        figures.scatter(function, [row for row in everything if row.function == function], series)
-        for function in dict.fromkeys(row.function for row in everything)
+        figures.scatter(
+            function, [one for one in groups if one.function == function], oracles.get(function)
+        )
+        for function in dict.fromkeys(group.function for group in groups)
     )
     single = len(gathered.sources) == 1
     return Page(
@@ -167,7 +182,7 @@ def _verdict(comparison: Comparison, single: bool) -> Verdict:
     """The comparison's own; without one, what the best method on each function did."""
     own = comparison.verdict
     if own is not None and not single:
-        return Verdict(str(own.word), str(own.sentence))
+        return Verdict(own.word, own.sentence, own.power)
     rows = comparison.rows or comparison.interference
     best: dict[str, Row] = {}
     for row in rows:
@@ -175,11 +190,13 @@ def _verdict(comparison: Comparison, single: bool) -> Verdict:
         if held is None or (row.harmonic.mean or 0) > (held.harmonic.mean or 0):
             best[row.function] = row
     told = [_told(row, single) for row in best.values()]
-    return Verdict("", "; ".join(told) + "." if told else "No run was measured.")
+    why = comparison.verdict_reason
+    more = "" if single or why is None else f"No verdict on the methods: {why}."
+    return Verdict("", "; ".join(told) + "." if told else "No run was measured.", more)
 
 
 def _told(row: Row, single: bool) -> str:
-    if row.forget.mean is None or row.retain.mean is None:
+    if row.harmonic.mean is None or row.forget.mean is None or row.retain.mean is None:
         reason = next((cell.reason for cell in row.cells if cell.reason), "no score")
         return f"{row.method} on {row.function} was not measured ({reason})"
     if row.diverged == len(row.cells):

@@ -14,6 +14,8 @@ from typing import Literal
 WIDTH, HEIGHT = 360, 250
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 12, 42
 ROW = 18
+# Grey; no method has it.
+ORACLE_SERIES = 6
 # Longest words of a legend, in characters.
 LEGEND = 46
 
@@ -105,7 +107,8 @@ class Plot:
     def path(self, line: Line) -> str:
         """A line as an SVG path."""
         return " ".join(
-            f"{'L' if at else 'M'}{self.px(x)} {self.py(y)}" for at, (x, y) in enumerate(line.points)
+            f"{'L' if at else 'M'}{self.px(x)} {self.py(y)}"
+            for at, (x, y) in enumerate(line.points)
         )
 
     def rows(self) -> list[tuple[int, int, str, str]]:

@@ -44,7 +44,7 @@ def finite(value: Any) -> float | None:
 
 def percent(value: float | None) -> str:
     """A share as a number of per cent with one decimal; a dash where there is none."""
-    return "–" if value is None else f"{100 * value:.1f}"
+    return "—" if value is None else f"{100 * value:.1f}"
 
 
 def interval(low: float | None, high: float | None) -> str:
@@ -55,14 +55,14 @@ def interval(low: float | None, high: float | None) -> str:
 def number(value: float | None, digits: int = 3) -> str:
     """A number with so many decimals; a dash where there is none."""
     if value is None:
-        return "–"
+        return "—"
     return f"{value:.{digits}f}" if abs(value) < 10_000 else f"{value:.3g}"
 
 
 def duration(seconds: float | None) -> str:
     """``12 s``, ``3.4 min`` or ``5.6 h``."""
     if seconds is None:
-        return "–"
+        return "—"
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
+from expunge.comparison import Cell, Comparison
 from expunge.records import RunRecord
 from expunge.report.shown import times
-
-if TYPE_CHECKING:
-    from expunge.comparison import Cell, Comparison
 
 # Beside the seeds of one method, chance decides too much.
 FEW_SEEDS = 3
