@@ -14,6 +14,10 @@ from expunge.report.shown import finite, percent
 from expunge.training.watch import Point
 
 Pairs = tuple[tuple[float, float], ...]
+# Points of one figure, shared by its lines; so that pages of many runs stay small.
+POINTS = 300
+# Points of a line that are marked one by one.
+MARKED = 12
 
 
 def scatter(function: str, groups: Sequence[Group], oracle: Cell | None = None) -> Plot | None:
@@ -163,6 +167,7 @@ def _over_steps(
     log: bool = False,
     marked: bool = False,
 ) -> Plot | None:
+    lines = [_thinned(line, max(20, POINTS // len(lines))) for line in lines]
     every = [point for line in lines for point in line]
     if len(every) < 2:
         return None
@@ -172,7 +177,7 @@ def _over_steps(
     dots = (
         Dot(a, b, at, "small", f"{x} {a:g}: {percent(b) + ' %' if share else f'{b:.4g}'}")
         for at, line in enumerate(lines)
-        for a, b in (line if marked or len(line) == 1 else ())
+        for a, b in (line if (marked and len(line) <= MARKED) or len(line) == 1 else ())
     )
     ends = "; ".join(f"from {line[0][1]:.3g} to {line[-1][1]:.3g}" for line in lines if line)
     return Plot(
@@ -189,6 +194,12 @@ def _over_steps(
         tuple(dots),
         legend,
     )
+
+
+def _thinned(line: Pairs, most: int) -> Pairs:
+    """At most so many points of a line, evenly, its last among them."""
+    n = min(len(line), most)
+    return tuple(line[len(line) - 1 - at * len(line) // n] for at in reversed(range(n)))
 
 
 def _curve(run: RunRecord) -> Mapping[str, Any]:

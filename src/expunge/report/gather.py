@@ -62,8 +62,8 @@ def gather(paths: Sequence[Path]) -> Gathered:
                 continue
             digest = sha256((run / RECORD_NAME).read_bytes()).hexdigest()
             sources.setdefault(run.resolve(), Source(_name(run, folder), record, digest))
-        for error in bad:
-            left_out[_shortened(error.what, folder)] = _shortened(error.got, folder)
+        for one in bad:
+            left_out[_shortened(one.what, folder)] = _shortened(one.got, folder)
     if not sources:
         raise DataError(
             what="There is no run to report on",

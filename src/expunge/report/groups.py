@@ -64,7 +64,8 @@ def groups_of(comparison: Comparison) -> tuple[Group, ...]:
 
 def done_of(row: Row) -> str:
     """What was done: the method, and what it was for where something else was measured."""
-    return row.method if row.removed == row.function else f"{row.method}, for {row.removed}"
+    plain = row.removed == row.function or " + " in row.method
+    return row.method if plain else f"{row.method}, for {row.removed}"
 
 
 def slugs(names: Iterable[str]) -> dict[str, str]:

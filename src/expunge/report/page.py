@@ -201,8 +201,10 @@ def _told(row: Row, single: bool) -> str:
         return f"{row.method} on {row.function} was not measured ({reason})"
     if row.diverged == len(row.cells):
         return f"{row.method} diverged on {row.function}: nothing it did counts"
-    who = "" if single else f", {times(row.forget.n, 'seed')}"
-    return (
-        f"{row.method} removed {percent(row.forget.mean)} % of {row.function} "
-        f"and kept {percent(row.retain.mean)} % of the rest{who}"
+    seeds = times(row.harmonic.n, "seed")
+    shares = (
+        f"{percent(row.forget.mean)} % removed and {percent(row.retain.mean)} % of the rest kept"
     )
+    if single:
+        return f"{row.method} on {row.function}: {shares}"
+    return f"{row.method} has the highest mean on {row.function}: {shares} ({seeds})"

@@ -6,12 +6,13 @@ browser would obey: controls, and the format characters that turn the direction 
 
 from __future__ import annotations
 
-import math
 import unicodedata
 from typing import Any
 
 # Longest text of one field on a page, in characters.
 LONGEST = 1500
+# Beyond it nothing that was measured lies, and the arithmetic of axes overflows.
+LARGEST = 1e100
 # Cc and Cf: controls, directions, zero widths. Cs: half a surrogate pair, which no file can hold.
 # Co and Cn: no agreed look. Zl and Zp: line ends that nobody sees.
 HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
@@ -39,7 +40,7 @@ def finite(value: Any) -> float | None:
     """``value`` if it is a number that can be drawn or printed, else None."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    return float(value) if math.isfinite(value) else None
+    return float(value) if abs(value) <= LARGEST else None
 
 
 def percent(value: float | None) -> str:
