@@ -18,11 +18,10 @@ import expunge
 
 # A room is a module or a package directly under expunge.
 ROOMS = (
-    "cli console tables report demo jobs plan measure compose picking run comparison folder "
+    "cli console tables card report demo jobs plan measure compose picking run comparison folder "
     "workbench measuring editing metalearning learning cuts steering published recipe functions "
-    "edits probes "
-    "evaluation training defaults presets model objectives data miniature provenance progress "
-    "records registry drawing masked files errors"
+    "edits probes evaluation training defaults presets model objectives data miniature provenance "
+    "progress records registry drawing masked files errors"
 ).split()
 
 PACKAGE = Path(expunge.__file__).parent

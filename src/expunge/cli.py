@@ -307,8 +307,10 @@ def export(
     """Write the patch as a PEFT LoRA adapter, and tell what the low rank loses.
 
     The relative error of a tensor is the norm of what is lost over that of the
-    change: 0 is exact, 1 is nothing kept.
+    change: 0 is exact, 1 is nothing kept. With a run's record beside the patch,
+    a model card is written too.
     """
+    from expunge.card import card, record_beside, save_card
     from expunge.model.apply import check_out, verified_targets
     from expunge.model.checkpoint import Checkpoint
     from expunge.model.lora import CONV1D_TYPES, to_peft
@@ -321,6 +323,11 @@ def export(
     is_conv1d = base.config.get("model_type") in CONV1D_TYPES
     with disk_errors(out):
         made = to_peft(learned, out, rank=rank, base_model=model, fan_in_fan_out=is_conv1d)
+    record = record_beside(patch)
+    if record is None:
+        console.say("note: no model card, as there is no run's record beside the patch")
+    else:
+        save_card(card(record, adapter_error=made.total_error), out)
     if as_json:
         console.print_json(
             {"out": str(out), "errors": made.errors, "total_error": made.total_error}
@@ -570,6 +577,28 @@ def show(
         facts = console.run_facts(path, record)
         show_it = partial(console.show_run, path, record)
     console.print_json(facts) if as_json else show_it()
+
+
+@app.command("card")
+def card_(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")],
+    out: Annotated[
+        Path | None,
+        typer.Option("-o", "--out", metavar="PATH", help="File or folder; without it, print."),
+    ] = None,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Replace a README that expunge did not write.")
+    ] = False,
+) -> None:
+    """Write a model card in the Hub's format: what was removed, evidence, limits, provenance."""
+    from expunge.card import card, save_card
+    from expunge.records import RunRecord
+
+    made = card(RunRecord.load(run))
+    if out is None:
+        sys.stdout.write(made)
+    else:
+        console.say(f"model card: {save_card(made, out, replace=replace)}")
 
 
 @app.command()

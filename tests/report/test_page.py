@@ -10,8 +10,8 @@ from hashlib import sha256
 from itertools import pairwise
 
 import pytest
+from handmade import N, matrix, record
 
-from conftest import N, matrix, record
 from expunge.comparison import Place
 from expunge.errors import DataError
 from expunge.records import SCHEMA_VERSION, Sample

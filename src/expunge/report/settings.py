@@ -5,15 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
 from expunge.records import RunRecord
 from expunge.report.gather import Source
 
-# Beginnings of paths that say where things lay on a machine.
-_WHOLE_PATH = re.compile(r"(/|~|[A-Za-z]:[\\/]|\\\\)")
-GIB = 2**30
+# The folders of whole paths, which say where things lay on a machine.
+_FOLDERS = re.compile(r"(^|[\s:=,(\"'])(?:~[\w.-]*|[A-Za-z]:)?[/\\]{1,2}(?:[^\s/\\:<>]+[/\\])+")
 
 
 @dataclass(frozen=True)
@@ -101,17 +99,12 @@ def said(value: Any) -> str:
         return _list(value) or "none"
     if isinstance(value, list):
         return ", ".join(map(said, value)) or "none"
-    return _unplaced(str(value))
+    return unplaced(str(value))
 
 
-def _unplaced(text: str) -> str:
-    kind, colon, rest = text.partition(":")
-    if colon and kind.isalpha() and len(kind) > 1 and _WHOLE_PATH.match(rest):
-        return f"{kind}:{_unplaced(rest)}"
-    if "\n" in text or not _WHOLE_PATH.match(text):
-        return text
-    path = PurePosixPath(text) if "\\" not in text else PureWindowsPath(text)
-    return path.name or text
+def unplaced(text: str) -> str:
+    """``text`` with each whole path cut to its last part."""
+    return _FOLDERS.sub(r"\1", text)
 
 
 def _recipe(run: RunRecord) -> Mapping[str, Any]:
@@ -128,7 +121,7 @@ def _each(told: Any) -> list[str]:
     if told in (None, "", {}, []):
         return []
     if isinstance(told, dict):
-        return [f"{_unplaced(str(key))}: {said(value)}" for key, value in told.items()]
+        return [f"{unplaced(str(key))}: {said(value)}" for key, value in told.items()]
     return [said(one) for one in told] if isinstance(told, list) else [said(told)]
 
 
