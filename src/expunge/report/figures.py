@@ -117,10 +117,11 @@ def curves(name: str, runs: Sequence[RunRecord]) -> list[Plot]:
     plots.append(
         _over_steps(f"{name}-rewards", "reward of each episode", rewards, seeds, x="episode")
     )
+    plots += [_front(f"{name}-front-seed{run.seed}", run) for run in runs]
     return [plot for plot in plots if plot is not None]
 
 
-def probe_plot(name: str, run: RunRecord) -> Plot | None:
+def probe_plot(name: str, title: str, run: RunRecord) -> Plot | None:
     """Held-out accuracy of probes by layer, of the base and of the patched model."""
     told = run.training.get("probe_accuracy")
     if not isinstance(told, dict):
@@ -130,13 +131,13 @@ def probe_plot(name: str, run: RunRecord) -> Plot | None:
     if not held:
         return None
     every = [point for line in held.values() for point in line]
-    x = linear([layer for layer, _ in every], "decoder layer")
+    x = linear([layer for layer, _ in every], "decoder layer", whole=True)
     y = shares([0.5, *(accuracy for _, accuracy in every)], "held-out accuracy, %")
     said = {"before": "base", "after": "patched"}
     drawn = [(at, side) for at, side in enumerate(lines) if side in held]
     return Plot(
         name,
-        "Probe accuracy by layer",
+        title,
         "; ".join(
             f"{said[side]}: " + ", ".join(f"layer {a:g} {percent(b)} %" for a, b in line)
             for side, line in held.items()
@@ -153,6 +154,29 @@ def probe_plot(name: str, run: RunRecord) -> Plot | None:
             for a, b in held[side]
         ),
         tuple((at, said[side]) for at, side in drawn),
+    )
+
+
+def _front(name: str, run: RunRecord) -> Plot | None:
+    """The points on validation that a learned trade-off kept."""
+    facts = run.training.get("tradeoff")
+    told = facts.get("front") if isinstance(facts, dict) else None
+    points = [Point(*pair) for pair in _pairs(told)]
+    if not points:
+        return None
+    x_axis = shares([point.forget for point in points], "forgotten, %")
+    y_axis = shares([point.retain for point in points], "kept of the rest, %")
+    best = [points[at] for at in front(points)]
+    volume = finite(facts.get("hypervolume")) if isinstance(facts, dict) else None
+    seen = "" if volume is None else f", hypervolume {percent(volume)} %"
+    return Plot(
+        name,
+        f"front on validation, seed {run.seed}{seen}",
+        "; ".join(_both(*point) for point in points),
+        x_axis,
+        y_axis,
+        (Line(_stairs(best, x_axis, y_axis), kind="front"),),
+        tuple(Dot(*point, 0, "mean", _both(*point)) for point in points),
     )
 
 
@@ -184,7 +208,7 @@ def _over_steps(
         name,
         title,
         f"{title} over each {x}: {ends}.",
-        linear([place for place, _ in every], x),
+        linear([place for place, _ in every], x, whole=True),
         y,
         tuple(
             Line(line, at, "thin" if len(lines) > 1 else "line")

@@ -163,7 +163,7 @@ def page_of(gathered: Gathered, comparison: Comparison) -> Page:
 
 def _probes(group: Group) -> Drawn:
     plots = (
-        figures.probe_plot(f"probes-{group.slug}-seed{record.seed}", record)
+        figures.probe_plot(f"probes-{group.slug}", group.name, record)
         for record in group.records[:1]
     )
     return Drawn(group, tuple(plot for plot in plots if plot is not None))

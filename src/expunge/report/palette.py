@@ -39,8 +39,8 @@ SERIES_DARK = (
     "#56b4e9", "#ff9a57", "#3fcf9f", "#f0a3cf", "#e6c229", "#a9a4ff", "#b4bec8", "#d3a4ff",
 )  # fmt: skip
 # Ends of the heat scale: nothing, and all.
-HEAT_LIGHT = ("#f6f1ea", "#8fd0bb")
-HEAT_DARK = ("#2a2522", "#14614c")
+HEAT_LIGHT = ("#f7f1e8", "#5bb898")
+HEAT_DARK = ("#2a2522", "#0e6b52")
 HEAT_STEPS = 11
 
 

@@ -155,13 +155,14 @@ def shares(values: Iterable[float], label: str) -> Axis:
     return Axis(label, bottom, top, tuple((tick, f"{100 * tick:.0f}") for tick in ticks))
 
 
-def linear(values: Iterable[float], label: str) -> Axis:
-    """An axis with round ticks around the values."""
+def linear(values: Iterable[float], label: str, *, whole: bool = False) -> Axis:
+    """An axis with round ticks around the values; ``whole`` where there is nothing between 0 and 1."""
     held = list(values) or [0.0, 1.0]
     low, high = min(held), max(held)
     if low == high:
         low, high = (0.0, 2 * high) if high > 0 else (low - 1, high + 1)
     step = _nice((high - low) / 4)
+    step = max(step, 1.0) if whole else step
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     ticks = [step * at for at in range(first, last + 1)]
     return Axis(label, ticks[0], ticks[-1], tuple((tick, f"{tick:.6g}") for tick in ticks))

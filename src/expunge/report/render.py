@@ -87,6 +87,7 @@ def _environment() -> Environment:
     made.filters |= {
         "percent": shown.percent,
         "number": shown.number,
+        "p_value": shown.p_value,
         "duration": shown.duration,
         "times": shown.times,
         "heat": palette.heat_step,
