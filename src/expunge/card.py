@@ -16,7 +16,7 @@ import yaml
 from expunge.comparison import cell_of
 from expunge.errors import DataError
 from expunge.files import write_text
-from expunge.records import RECORD_NAME, RunRecord, Score, full_name
+from expunge.records import RunRecord, Score, full_name
 from expunge.report.groups import score_lines, slug_of
 from expunge.report.settings import said, unplaced
 from expunge.report.shown import percent, times, visible
@@ -94,10 +94,9 @@ def save_card(text: str, path: Path, *, replace: bool = False) -> Path:
     return path
 
 
-def record_beside(patch: Path) -> RunRecord | None:
-    """The record of the run that a patch file or a run's folder belongs to; None without one."""
-    folder = patch if patch.is_dir() else patch.parent
-    return RunRecord.load(folder) if (folder / RECORD_NAME).exists() else None
+def record_beside(patch: Path) -> RunRecord:
+    """The record of a run's folder, or beside a patch file. Raises DataError without one."""
+    return RunRecord.load(patch if patch.is_dir() else patch.parent)
 
 
 def _parts(record: RunRecord, adapter_error: float | None) -> Iterable[str]:

@@ -20,7 +20,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 import typer
 
 from expunge import console
-from expunge.errors import ExpungeError, ResourceError
+from expunge.errors import DataError, ExpungeError, ResourceError
 from expunge.files import disk_errors
 
 INTERRUPTED = 130
@@ -323,11 +323,10 @@ def export(
     is_conv1d = base.config.get("model_type") in CONV1D_TYPES
     with disk_errors(out):
         made = to_peft(learned, out, rank=rank, base_model=model, fan_in_fan_out=is_conv1d)
-    record = record_beside(patch)
-    if record is None:
-        console.say("note: no model card, as there is no run's record beside the patch")
-    else:
-        save_card(card(record, adapter_error=made.total_error), out)
+    try:
+        save_card(card(record_beside(patch), adapter_error=made.total_error), out)
+    except DataError as error:
+        console.say(f"note: no model card is written: {error.what}")
     if as_json:
         console.print_json(
             {"out": str(out), "errors": made.errors, "total_error": made.total_error}

@@ -102,6 +102,7 @@ def test_a_users_readme_stays(tmp_path):
 
 
 def test_the_record_beside_a_patch(tmp_path):
-    assert record_beside(tmp_path / "patch.safetensors") is None
+    with pytest.raises(DataError, match="No readable run record"):
+        record_beside(tmp_path / "patch.safetensors")
     record().save(tmp_path)
     assert record_beside(tmp_path / "patch.safetensors") == record_beside(tmp_path) == record()

@@ -156,7 +156,7 @@ def shares(values: Iterable[float], label: str) -> Axis:
 
 
 def linear(values: Iterable[float], label: str, *, whole: bool = False) -> Axis:
-    """An axis with round ticks around the values; ``whole`` where there is nothing between 0 and 1."""
+    """An axis with round ticks around the values; ``whole``: of whole numbers, such as steps."""
     held = list(values) or [0.0, 1.0]
     low, high = min(held), max(held)
     if low == high:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
+from functools import cache
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -75,6 +76,7 @@ def made_safe(style: str) -> Any:
     return Markup(style)
 
 
+@cache
 def _environment() -> Environment:
     made = Environment(
         loader=PackageLoader("expunge.report"),
