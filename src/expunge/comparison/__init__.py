@@ -3,7 +3,8 @@
 from expunge.comparison.cells import Cell, Place, cell_of, oracle_cell
 from expunge.comparison.comparison import Comparison, Settings
 from expunge.comparison.matrix import Row
-from expunge.comparison.verdict import Test, Verdict
+from expunge.comparison.testing import Test
+from expunge.comparison.verdict import Verdict
 
 __all__ = [
     "Cell",

@@ -16,7 +16,8 @@ from expunge.comparison.cells import (
 )
 from expunge.comparison.grounds import notes_of
 from expunge.comparison.matrix import Row, plain, rows_of
-from expunge.comparison.verdict import ALPHA, MARGIN, Test, Verdict, tests_of, verdict_of
+from expunge.comparison.testing import ALPHA, Test, tests_of
+from expunge.comparison.verdict import MARGIN, Verdict, verdict_of
 from expunge.errors import DataError
 from expunge.records import RunRecord
 
