@@ -49,6 +49,11 @@ def test_a_single_run_has_scores_and_neither_matrix_nor_tests(made):
     assert "cosine-rmu on knowledge: 93.3 % removed" in found.root.all("section")[0].words
 
 
+def stacked(root):
+    tables = [table for table in root.all("table") if table.attributes["class"] != "matrix"]
+    return [td for table in tables for td in table.all("td")]
+
+
 def test_headings_tables_language_and_landmarks(made):
     for records in (matrix(), [record()]):
         root = made(records).root
@@ -64,6 +69,8 @@ def test_headings_tables_language_and_landmarks(made):
             for row in table.all("tbody")[0].all("tr"):
                 cells = row.all("th", "td")
                 assert sum(int(c.attributes.get("colspan") or 1) for c in cells) == width
+        # On a phone a cell is a grid of its heading and one thing more.
+        assert all(len(td.children) <= 1 for td in stacked(root) if "data-head" in td.attributes)
         assert root.all("a")[0].attributes == {"class": "skip", "href": "#main"}
         anchors = [n.attributes["id"] for n in root.all("main", "section") if "id" in n.attributes]
         assert len(anchors) == len(set(anchors))
