@@ -20,7 +20,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 import typer
 
 from expunge import console
-from expunge.errors import ExpungeError, ResourceError
+from expunge.errors import DataError, ExpungeError, ResourceError
 from expunge.files import disk_errors
 
 INTERRUPTED = 130
@@ -401,8 +401,10 @@ def export(
     """Write the patch as a PEFT LoRA adapter, and tell what the low rank loses.
 
     The relative error of a tensor is the norm of what is lost over that of the
-    change: 0 is exact, 1 is nothing kept.
+    change: 0 is exact, 1 is nothing kept. With a run's record beside the patch,
+    a model card is written too.
     """
+    from expunge.card import card, record_beside, save_card
     from expunge.model.apply import check_out, verified_targets
     from expunge.model.checkpoint import Checkpoint
     from expunge.model.lora import CONV1D_TYPES, to_peft
@@ -415,6 +417,10 @@ def export(
     is_conv1d = base.config.get("model_type") in CONV1D_TYPES
     with disk_errors(out):
         made = to_peft(learned, out, rank=rank, base_model=model, fan_in_fan_out=is_conv1d)
+    try:
+        save_card(card(record_beside(patch), adapter_error=made.total_error), out)
+    except DataError as error:
+        console.say(f"note: no model card is written: {error.what}")
     if as_json:
         console.print_json(
             {"out": str(out), "errors": made.errors, "total_error": made.total_error}
@@ -664,6 +670,63 @@ def show(
         facts = console.run_facts(path, record)
         show_it = partial(console.show_run, path, record)
     console.print_json(facts) if as_json else show_it()
+
+
+@app.command("card")
+def card_(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")],
+    out: Annotated[
+        Path | None,
+        typer.Option("-o", "--out", metavar="PATH", help="File or folder; without it, print."),
+    ] = None,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Replace a README that expunge did not write.")
+    ] = False,
+) -> None:
+    """Write a model card in the Hub's format: what was removed, evidence, limits, provenance."""
+    from expunge.card import card, save_card
+    from expunge.records import RunRecord
+
+    made = card(RunRecord.load(run))
+    if out is None:
+        sys.stdout.write(made)
+    else:
+        console.say(f"model card: {save_card(made, out, replace=replace)}")
+
+
+@app.command()
+def report(
+    paths: Annotated[
+        list[Path],
+        typer.Argument(metavar="PATH...", help="Runs, or folders below which runs lie."),
+    ],
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="FILE", help="The page.")] = Path(
+        "report.html"
+    ),
+    figures: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Also write each figure as an SVG file in this folder."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write one page that compares runs, or shows one: verdict, scores, tests, texts, provenance.
+
+    It needs the runs' records alone, no model. The page loads nothing and runs
+    nothing, so it can be sent around or printed.
+    """
+    from expunge.comparison import Comparison
+    from expunge.report.gather import gather
+    from expunge.report.page import page_of
+    from expunge.report.render import check_own, save_page
+
+    check_own(out)
+    gathered = gather(paths)
+    for what, why in gathered.left_out:
+        console.say(f"left out: {what}: {why}")
+    page = page_of(gathered, Comparison.of(gathered.records))
+    written = save_page(page, out, figures)
+    facts = {"out": str(out), "runs": len(gathered.sources), "left_out": len(gathered.left_out)}
+    console.result(as_json, {**facts, "figures": [str(path) for path in written[1:]]})
 
 
 def main() -> NoReturn:

@@ -53,7 +53,8 @@ def curve(log: Sequence[StepLog], most: int = 100) -> dict[str, Any]:
 
     ``points`` holds all looks: steps done, forget, retain.
     """
-    taken = sorted({len(log) - 1 - at * len(log) // most for at in range(min(most, len(log)))})
+    n = min(most, len(log))
+    taken = sorted({len(log) - 1 - at * len(log) // n for at in range(n)})
     some = [log[at] for at in taken]
     names = ("step", "loss", "forget", "retain", "gradient_norm")
     drawn: dict[str, Any] = {name: [_short(getattr(e, name)) for e in some] for name in names}
