@@ -151,7 +151,7 @@ def test_unequal_budgets_are_noted() -> None:
     plain = {"last": {"step": 79}, "looks": 4}
     compared = Comparison.of([knowledge(RMU, training=plain), knowledge("npo", training=learned)])
     assert noted(compared, "knowledge: unequal budgets, steps", "cosine-rmu 80, npo 560")
-    assert noted(compared, "looks at validation a run: cosine-rmu 4, npo 70")
+    assert noted(compared, "looks at validation with all seeds: cosine-rmu 4, npo 70")
     equal = Comparison.of([knowledge(RMU, training=plain), knowledge("npo", training=plain)])
     assert not noted(equal, "unequal budgets")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from handmade import Made, Tree
+from report_records import Made, Tree
 
 from expunge.comparison import Comparison
 from expunge.records import RunRecord

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import yaml
-from handmade import record
 from huggingface_hub import ModelCard
+from report_records import record
 from test_hostile import EVERY, poisoned
 
 from expunge.card import MARK, card, record_beside, save_card

@@ -6,7 +6,7 @@ import json
 import unicodedata
 
 import pytest
-from handmade import Tree, matrix, record
+from report_records import Tree, matrix, record
 
 from expunge.records import Sample
 from expunge.report.render import svg

@@ -10,7 +10,7 @@ from hashlib import sha256
 from itertools import pairwise
 
 import pytest
-from handmade import N, matrix, record
+from report_records import N, matrix, record
 
 from expunge.comparison import Place
 from expunge.errors import DataError

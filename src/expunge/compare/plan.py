@@ -43,6 +43,8 @@ METHODS = (
 )
 QUICK = ("cosine-rmu", "rmu", "multi-layer-probe", "npo")
 OWN = {"knowledge": "cosine-rmu", "toxicity": "multi-layer-probe"}
+FUNCTIONS = ("knowledge", "toxicity")
+RMU: dict[str, Any] = {"retain_weight": 5.0, "objective_settings": {"coefficient": 100.0}}
 # Of the search; no cell is trained with it.
 CHOICE_SEED = 1000
 
@@ -162,8 +164,14 @@ def miniature_plan(data: Path, *, quick: bool = False, **changes: Any) -> Compar
                 "knowledge": _plain(demo_recipe(data).updated(**base)),
                 "toxicity": _plain(toxicity_recipe(data).updated(**base)),
             },
-            # What wants pairs is given the same beginnings with an answer that tells nothing.
-            "settings": {name: {"knowledge": refusals} for name in ("dpo", "profs")},
+            "settings": {
+                # What wants pairs is given the same beginnings with an answer that tells nothing.
+                **{name: {"knowledge": refusals} for name in ("dpo", "profs")},
+                # Published coefficients and weights are those of 7B models; a search around them
+                # would find nothing here (LOG.md).
+                "rmu": dict.fromkeys(FUNCTIONS, RMU),
+                "adaptive-rmu": dict.fromkeys(FUNCTIONS, {"retain_weight": 20.0}),
+            },
             **few,
             **changes,
         }
