@@ -2,9 +2,9 @@
 
     python benchmarks/grid.py --set model=DIR --set forget=… --out results/grid_lab7m.json
 
-Five learning rates by four retain weights, evenly over the ranges that the policy moves in (other
-knobs stay as usual). Of each run the point that validation prefers is measured on the test split, as
-learned's is. Cells are processes that share nothing; finished ones lie under --work.
+Five learning rates by four retain weights, evenly over the ranges that a policy moves in (other
+knobs stay as usual). Of each run the point that validation prefers is measured on the test split,
+as learned is. Cells are processes that share nothing; finished ones lie under --work.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from tradeoff import cell, points_on_test, recipe_of
 
 from expunge.files import write_json
 from expunge.metalearning.archive import Archive
@@ -33,6 +32,7 @@ from expunge.provenance import environment
 from expunge.published import published_recipe
 from expunge.recipe import Recipe
 from expunge.workbench import Workbench
+from tradeoff import cell, points_on_test, recipe_of
 
 RATES = (0.1, 0.3, 0.5, 0.7, 0.9)
 WEIGHTS = (0.2, 0.4, 0.6, 0.8)
