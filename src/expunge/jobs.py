@@ -163,11 +163,14 @@ class Workers:
         processes = {*multiprocessing.active_children()} - self._others
         for process in processes:
             process.terminate()
-        for process in processes:
-            process.join(GRACE)
+        try:
+            for process in processes:
+                process.join(GRACE)
+        finally:  # a second Ctrl-C waits no longer
             # One that died while it sent a result leaves the others waiting for it forever.
-            if process.is_alive():
-                process.kill()
+            for process in processes:
+                if process.is_alive():
+                    process.kill()
 
     def do(
         self, jobs: Sequence[AnyJob], rescue: Rescue = lambda _job, _error: None
@@ -267,6 +270,7 @@ def _worker_lost(workers: int) -> ResourceError:
 
 _benches: dict[str, Workbench] = {}
 _busy: list[AnyJob] = []
+_stopped: list[bool] = []
 _KINDS: dict[str, type[ExpungeError]] = {
     name: kind for name, kind in vars(errors).items() if name.endswith("Error")
 }
@@ -284,6 +288,8 @@ def prepare_process() -> None:
 def _interrupt(_signal: int, _frame: Any) -> None:
     if not _busy:
         os._exit(0)
+    # A pool hands out the next job before the last is done; that one is not begun.
+    _stopped.append(True)
     raise KeyboardInterrupt
 
 
@@ -297,6 +303,8 @@ class _Failure:
 
 def try_job(job: AnyJob) -> RunRecord | _Failure:
     """A job's record, or its error."""
+    if _stopped:
+        raise KeyboardInterrupt
     _busy.append(job)
     try:
         return _do(job)
