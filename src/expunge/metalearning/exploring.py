@@ -160,9 +160,7 @@ class Episodes:
         """
         recipe = self.recipe if seed is None else self.recipe.updated(seed=seed)
         look, every = self.look, self.recipe.action_every
-        steps = steps or self.steps
-        stretch = recipe.steps / steps
-        rule = Learned(self.scales, actor, every, self.usual["retain_weight"], stretch)
+        rule = Learned(self.scales, actor, every, self.usual["retain_weight"])
         watch = Watch(
             look,
             every,
@@ -171,7 +169,7 @@ class Episodes:
             keep_best=stage is not None,
             on_point=lambda done, point, weights: self._keep(number, done, point, weights),
         )
-        trainer = self.learning.trainer(recipe, rule, watch, steps=steps)
+        trainer = self.learning.trainer(recipe, rule, watch, steps=steps or self.steps)
         start = time.perf_counter()
         try:
             result = trainer.run(stage or Stage(), lambda _log: on_step())
