@@ -268,7 +268,7 @@ def compare(
         from expunge.tables import print_comparison
 
         if plan is None:
-            made = miniature_plan(out / "data", quick=quick, **merge_overrides({}, settings or []))
+            made = miniature_plan(out / "data", quick=quick, overrides=settings or [])
         else:
             made = ComparisonPlan.build(merge_overrides(read_settings(plan), settings or []))
         comparing = Comparing(
