@@ -20,7 +20,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 import typer
 
 from expunge import console
-from expunge.errors import DataError, ExpungeError, ResourceError
+from expunge.errors import DataError, ExpungeError, RecipeError, ResourceError
 from expunge.files import disk_errors
 
 INTERRUPTED = 130
@@ -267,6 +267,13 @@ def compare(
         from expunge.recipe import merge_overrides, read_settings
         from expunge.tables import print_comparison
 
+        if plan is not None and quick:
+            raise RecipeError(
+                what="--quick is of the built-in comparison",
+                got=f"--quick with {plan}",
+                allowed="a plan, or --quick",
+                fix="leave --quick out; --set methods=… and --set seeds=N make a plan smaller",
+            )
         if plan is None:
             made = miniature_plan(out / "data", quick=quick, overrides=settings or [])
         else:

@@ -25,6 +25,7 @@ from expunge.errors import DivergedError, TrainingError
 from expunge.evaluation.suite import Suite
 from expunge.folder import FRONT_FILE
 from expunge.learning import Learning
+from expunge.metalearning.figure import Learned
 from expunge.picking import pick
 from expunge.recipe import Recipe
 from expunge.run import run
@@ -194,9 +195,7 @@ def test_gone_between(cli, world, searched, tmp_path, monkeypatch, place, number
     owner, _, name = place.rpartition(".")
     with monkeypatch.context() as patched:
         stop, original = gone(number), pkgutil.resolve_name(place)
-        patched.setattr(
-            pkgutil.resolve_name(owner), name, lambda *a, **m: stop(original, *a, **m)
-        )
+        patched.setattr(pkgutil.resolve_name(owner), name, lambda *a, **m: stop(original, *a, **m))
         with pytest.raises(Gone):
             run(Recipe.build(learned_settings(world, **RULE, front_size=4)), out)
     before = trials_of(out)
@@ -246,8 +245,11 @@ def test_show_and_its_figure(cli, searched, tmp_path):
     pytest.importorskip("matplotlib")
     drawn = cli("show", searched, "--figure", tmp_path / "a.svg")
     assert drawn.code == 0, drawn.err
-    text = (tmp_path / "a.svg").read_text()
-    assert text.startswith("<?xml")
+    drawn = Learned.load(searched)
+    trials = trials_of(searched)
+    assert [one.reward for one in drawn.episodes] == [one["reward"] for one in trials]
+    (taken,) = [entry["episode"] for entry in front_of(searched) if entry["chosen"]]
+    assert drawn.last == drawn.episodes[taken]
 
 
 def test_fresh_discards_the_search(cli, world, searched, tmp_path):

@@ -29,9 +29,7 @@ def test_the_first_keeps_the_usual_values_even_at_the_end_of_a_range() -> None:
     assert [scale.start_share for scale in SCALES][2] == 0.9
 
 
-@given(
-    lr=st.floats(1e-6, 1.0), margin=st.floats(-1.0, 9.0), beta=st.floats(1e-4, 50.0)
-)
+@given(lr=st.floats(1e-6, 1.0), margin=st.floats(-1.0, 9.0), beta=st.floats(1e-4, 50.0))
 def test_what_was_chosen_is_what_a_run_around_it_keeps_to(
     lr: float, margin: float, beta: float
 ) -> None:

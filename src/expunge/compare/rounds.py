@@ -120,7 +120,12 @@ class Comparing:
 
     def _given_up(self, jobs: Sequence[AnyJob]) -> list[RunRecord]:
         """What is measured of several functions at once, where one of them has no settings."""
-        made_by = {job.out: job for job in jobs}
+        alone = [
+            self._seed(key, self.plan.recipe(*key), seed)
+            for key in self._own().items()
+            for seed in range(self.plan.seeds)
+        ]
+        made_by = {job.out: job for job in (*alone, *jobs)}
         measured = [job for job in jobs if isinstance(job, Job)]
         return [self._lost(job, f"{RESTS}: a search found nothing", made_by) for job in measured]
 
