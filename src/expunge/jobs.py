@@ -11,8 +11,13 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    BrokenExecutor,
+    Future,
+    ProcessPoolExecutor,
+    wait,
+)
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -189,8 +194,17 @@ class Workers:
                 if self._pool is not None:
                     return _in_pool(jobs, self._pool, advance, rescue)
                 return _here(jobs, advance, rescue)
-        except BrokenProcessPool as error:
-            raise _worker_lost(self.count) from error
+        except BrokenExecutor as error:
+            raise self._worker_lost(error) from error
+
+    def _worker_lost(self, error: BrokenExecutor) -> ResourceError:
+        silent = "it ended without a word, as when the system runs out of memory"
+        return ResourceError(
+            what="A process that did some of the runs was killed",
+            got=str(error) if self.ray else silent,
+            allowed=f"memory for {'a run a core' if self.ray else f'{self.count} runs at a time'}",
+            fix="the same command goes on where it stopped; free some memory or use fewer workers",
+        )
 
 
 def _here(jobs: Sequence[AnyJob], advance: Advance, rescue: Rescue) -> list[RunRecord]:
@@ -259,18 +273,9 @@ def _in_pool(
     return [found[index] for index in range(len(jobs))]
 
 
-def _worker_lost(workers: int) -> ResourceError:
-    return ResourceError(
-        what="A process that did some of the runs was killed",
-        got="it ended without a word, as when the system runs out of memory",
-        allowed=f"memory for {workers} runs at a time",
-        fix="the same command goes on where it stopped; free some memory or use fewer workers",
-    )
-
-
 _benches: dict[str, Workbench] = {}
 _busy: list[AnyJob] = []
-_stopped: list[bool] = []
+_stopping: list[bool] = []
 _KINDS: dict[str, type[ExpungeError]] = {
     name: kind for name, kind in vars(errors).items() if name.endswith("Error")
 }
@@ -286,10 +291,12 @@ def prepare_process() -> None:
 
 
 def _interrupt(_signal: int, _frame: Any) -> None:
+    # Once is enough: a second one, as when another process of the pool is gone, must not break
+    # into the saving of a state. What was queued for this process never starts.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    _stopping.append(True)
     if not _busy:
         os._exit(0)
-    # A pool hands out the next job before the last is done; that one is not begun.
-    _stopped.append(True)
     raise KeyboardInterrupt
 
 
@@ -303,7 +310,7 @@ class _Failure:
 
 def try_job(job: AnyJob) -> RunRecord | _Failure:
     """A job's record, or its error."""
-    if _stopped:
+    if _stopping:
         raise KeyboardInterrupt
     _busy.append(job)
     try:

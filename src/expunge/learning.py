@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,7 @@ from expunge.published import as_published, published, published_recipe
 from expunge.recipe import Recipe
 from expunge.registry import Entry, nearest, settings_of
 from expunge.steering import directions_for
+from expunge.training.log import ends_of
 from expunge.training.loop import Stage, Trainer, TrainingResult
 from expunge.training.settings import TrainingSettings
 from expunge.training.tradeoff import EXPLORING, Tradeoff, rule
@@ -188,9 +188,7 @@ class Learning:
             "boundary_storage": cut.retain.storage,
             "n_forget_texts": sum(len(store.texts) for store in cut.forget),
             "n_retain_texts": len(cut.retain.texts),
-            "first_loss": log[0].loss if log else None,
-            "last_loss": log[-1].loss if log else None,
-            "last": asdict(log[-1]) if log else None,
+            **ends_of(log),
             "collapsed": result.collapsed,
             "restored": result.restored,
             **more,

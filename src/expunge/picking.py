@@ -29,7 +29,7 @@ from expunge.progress import Progress, Silent
 from expunge.recipe import Recipe
 from expunge.records import RunRecord
 from expunge.run import measured
-from expunge.training.log import read_losses, write_losses
+from expunge.training.log import ends_of, read_losses, write_losses
 from expunge.workbench import Workbench
 
 
@@ -95,14 +95,18 @@ def pick(out: Path, point: int, *, progress: Progress | None = None) -> Picked:
     check_same_data(present, bench.data.hashes, out)
     taken = Patch.load(out / FRONT_FOLDER / front[point - 1].file)
     training = present.metadata["training"] | {"tradeoff": {**known, "chosen": facts}}
+    searched = known.get("kind") == "search"  # its trials are whole runs
+    log = read_losses(
+        out / FRONT_FOLDER / front[point - 1].losses_file if searched else out / LOSSES_NAME
+    )
+    training |= ends_of(log) if searched else {}
     metadata = {**present.metadata, "training": training}
     patch = replace(present, deltas=taken.deltas, base=taken.base, metadata=metadata)
-    log = read_losses(out / FRONT_FOLDER / front[point - 1].losses_file)
-    if log:  # of a search, whose trials are whole runs
-        write_losses(out / LOSSES_NAME, log)
-    record = measured(recipe, patch, bench, record.training.get("split_reads", {}), out)
+    record = measured(recipe, patch, bench, record.training.get("split_reads", {}), log)
     clear_leftovers(out)
     save_front(out, front)
+    if searched:
+        write_losses(out / LOSSES_NAME, log)
     patch.save(out / PATCH_NAME)
     record.save(out)
     return Picked(point, tuple(front), record, changed=True)

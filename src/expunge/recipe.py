@@ -333,16 +333,21 @@ def parse_override(text: str) -> tuple[str, Any]:
 
 
 def merge_overrides(base: Mapping[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """Settings with ``--set`` overrides on top; ``a.b=v`` keeps the rest of ``a``."""
+    """Settings with ``--set`` overrides on top; ``a.b=v`` keeps the rest of ``a``, at any depth."""
     merged = dict(base)
     for text in overrides:
         key, value = parse_override(text)
-        outer, dot, inner = key.partition(".")
-        within = merged.get(outer)
-        if dot:
-            value = {**(within if isinstance(within, dict) else {}), inner: value}
-        merged[outer] = value
+        merged = _reached(merged, key.split("."), value)
     return merged
+
+
+def _reached(settings: Mapping[str, Any], path: list[str], value: Any) -> dict[str, Any]:
+    """A copy with one value replaced, deep in it."""
+    first, *rest = path
+    if rest:
+        within = settings.get(first)
+        value = _reached(within if isinstance(within, dict) else {}, rest, value)
+    return {**settings, first: value}
 
 
 def check_episodes(episodes: int | None, tradeoff: str) -> None:

@@ -31,7 +31,7 @@ from expunge.progress import Progress, Silent, timed
 from expunge.published import published
 from expunge.recipe import Recipe
 from expunge.records import RECORD_NAME, RunRecord
-from expunge.training.log import curve, read_losses
+from expunge.training.log import StepLog, curve, read_losses
 from expunge.training.loop import Stage
 from expunge.workbench import Workbench
 
@@ -119,7 +119,7 @@ def run(
     patch = _trained(recipe, out, bench)
     if own:
         bench.release_training()
-    record = measured(recipe, patch, bench, reads, out)
+    record = measured(recipe, patch, bench, reads, read_losses(out / LOSSES_NAME))
     record.save(out)
     (out / STATE_NAME).unlink(missing_ok=True)
     return record
@@ -145,14 +145,18 @@ def _trained(recipe: Recipe, out: Path, bench: Workbench) -> Artefact:
 
 
 def measured(
-    recipe: Recipe, patch: Artefact, bench: Workbench, reads: Mapping[str, int], out: Path
+    recipe: Recipe,
+    patch: Artefact,
+    bench: Workbench,
+    reads: Mapping[str, int],
+    log: Sequence[StepLog],
 ) -> RunRecord:
     """The run's record, with scores if the recipe asks for them.
 
     Args:
-        out: folder of the run, for the curves of its log.
         reads: how often each split was read before, training included; empty for a patch that was
             not measured yet.
+        log: of the training, for its curves.
     """
     training = patch.metadata["training"]
     # The file's time is the whole run's, an interrupted part included only where it was saved.
@@ -173,7 +177,7 @@ def measured(
         timing=timing,
         peak_memory_bytes=peak_bytes(),
         provenance=bench.provenance(recipe, patch),
-        training={**facts, "split_reads": reads, "curve": curve(read_losses(out / LOSSES_NAME))},
+        training={**facts, "split_reads": reads, "curve": curve(log)},
         **vars(found),
     )
 

@@ -144,7 +144,7 @@ class Workbench:
             raise ValueError("this bench was made for another model or other data")
         method = method_of(recipe)
         settings_of(method, recipe.objective_settings)
-        searched = recipe.tradeoff == "search" and method.extras.get("choices")
+        searched = recipe.tradeoff == "search" and bool(method.extras.get("choices"))
         if method.kind == "edit" and recipe.tradeoff != "fixed" and not searched:
             raise RecipeError(
                 what=f"{method.name} trains nothing, so there is no trade-off to set",
@@ -153,7 +153,7 @@ class Workbench:
                 fix="leave --tradeoff out, or choose an objective; `expunge ls` lists them",
             )
         needs = method.extras.get("needs")
-        if recipe.reward == "representation" and isinstance(needs, Logprobs):
+        if recipe.reward == "representation" and (isinstance(needs, Logprobs) or searched):
             raise RecipeError(
                 what=f"{method.name} reads no layer whose activations could be looked at",
                 got="reward representation",

@@ -9,6 +9,7 @@ import typer
 
 from expunge import console
 from expunge.cli.options import Fresh, Json, RunsFolder, Settings
+from expunge.errors import RecipeError
 from expunge.files import disk_errors
 
 
@@ -44,8 +45,15 @@ def compare(
         from expunge.recipe import merge_overrides, read_settings
         from expunge.tables import print_comparison
 
+        if plan is not None and quick:
+            raise RecipeError(
+                what="--quick is of the built-in comparison",
+                got=f"--quick with {plan}",
+                allowed="a plan, or --quick",
+                fix="leave --quick out; --set methods=… and --set seeds=N make a plan smaller",
+            )
         if plan is None:
-            made = miniature_plan(out / "data", quick=quick, **merge_overrides({}, settings or []))
+            made = miniature_plan(out / "data", quick=quick, overrides=settings or [])
         else:
             made = ComparisonPlan.build(merge_overrides(read_settings(plan), settings or []))
         comparing = Comparing(

@@ -9,7 +9,7 @@ choices.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from expunge.demo import demo_recipe, toxicity_recipe
 from expunge.edits import EDITS
 from expunge.errors import RecipeError
+from expunge.functions import FUNCTIONS as REGISTERED
 from expunge.learning import method_of
 from expunge.miniature import check_data
-from expunge.recipe import Recipe, read_settings
-from expunge.registry import nearest
+from expunge.recipe import Recipe, merge_overrides, read_settings
+from expunge.registry import nearest, settings_of
 from expunge.training.tradeoff import default_episode_steps
 
 LEARNED = " (learned)"
@@ -48,6 +49,8 @@ RMU: dict[str, Any] = {"retain_weight": 5.0, "objective_settings": {"coefficient
 ADAPTIVE: dict[str, Any] = {"retain_weight": 20.0}
 # Of the search; no cell is trained with it.
 CHOICE_SEED = 1000
+# Settings of a recipe that a comparison decides itself.
+DECIDED = "objective tradeoff episodes seed evaluate measure_on measure_probes".split()
 
 
 class ComparisonPlan(BaseModel):
@@ -90,18 +93,49 @@ class ComparisonPlan(BaseModel):
         return plan
 
     def check(self) -> None:
-        """Raise RecipeError for a method or function that is not there."""
-        for method in self.methods:
-            if method != CONTROL:
-                for function in self.functions:
-                    method_of(self.recipe(function, method))
+        """Raise RecipeError for a method, function or setting that is not there."""
+        for function in (*self.functions, *self.own):
+            REGISTERED.get(function)
+        for method, by_function in self.settings.items():
+            method_of(self.recipe(next(iter(self.functions)), method))
+            for function in by_function:
+                REGISTERED.get(function)
+        for function in self.functions:
+            for method in self.methods:
+                self._check_decided(function, method)
+                if method != CONTROL:
+                    recipe = self.recipe(function, method)
+                    settings_of(method_of(recipe), recipe.objective_settings)
         for function, method in self.own.items():
-            if function in self.functions and method not in self.methods:
+            if function in self.functions:
+                self._check_own(function, method)
+
+    def _check_own(self, function: str, method: str) -> None:
+        """A function's own objective is tested against the others, and trained with other ones."""
+        if method not in self.methods:
+            raise RecipeError(
+                what=f"The objective made for {function} is not among the methods",
+                got=repr(method),
+                allowed=", ".join(self.methods),
+                fix=nearest(method, self.methods),
+            )
+        if method == CONTROL or method in EDITS:
+            raise RecipeError(
+                what=f"What is made for {function} must be trained",
+                got=repr(method),
+                allowed="an objective; `expunge ls` lists them",
+                fix="name an objective under own, and the others under methods alone",
+            )
+
+    def _check_decided(self, function: str, method: str) -> None:
+        given = {**self.functions[function], **self.settings.get(method, {}).get(function, {})}
+        for key in DECIDED:
+            if given.get(key) is not None:
                 raise RecipeError(
-                    what=f"The objective made for {function} is not among the methods",
-                    got=repr(method),
-                    allowed=", ".join(self.methods),
-                    fix=nearest(method, self.methods),
+                    what=f"A comparison sets {key} itself",
+                    got=f"{key}: {given[key]!r} for {method} on {function}",
+                    allowed=f"settings of a recipe without {', '.join(DECIDED)}",
+                    fix=f"leave {key} out; methods, seeds and trials are settings of the plan",
                 )
 
     def recipe(self, function: str, method: str) -> Recipe:
@@ -148,36 +182,53 @@ def settled(recipe: Recipe, choice: Path, training: Mapping[str, Any]) -> Recipe
         return recipe.updated(objective_settings=own)
     knobs = dict(explored["tried"][chosen["episode"]]["knobs"])
     changes = {name: knobs.pop(name) for name in ("lr", "retain_weight") if name in knobs}
+    if "calibration" in training:  # the knobs belong to the layer that they were tried on
+        changes["layer"] = training["calibration"]["layer"]
     own = {**recipe.objective_settings, **knobs}
     return recipe.updated(tradeoff="search", episodes=1, objective_settings=own, **changes)
 
 
-def miniature_plan(data: Path, *, quick: bool = False, **changes: Any) -> ComparisonPlan:
-    """The built-in comparison; the miniature's world is written to ``data``."""
-    check_data().write(data)
+def miniature_settings(data: Path, *, quick: bool = False) -> dict[str, Any]:
+    """The built-in comparison, as a plan file would have it.
+
+    Args:
+        data: where the miniature's world lies, or will lie (`write_miniature`).
+    """
     refusals = {"refusals": str(data / "refusals.txt")}
     common = {"steps": 60, "front_size": 3, "calibrate": False}
     base: dict[str, Any] = {"tradeoff": "fixed", "lr": "auto", "retain_weight": None}
     base |= {"objective": None, "objective_settings": {}, "layer": "auto", **common}
     few = {"methods": QUICK, "seeds": 3, "trials": 4, "interference_seeds": 0} if quick else {}
-    return ComparisonPlan.build(
-        {
-            "functions": {
-                "knowledge": _plain(demo_recipe(data).updated(**base)),
-                "toxicity": _plain(toxicity_recipe(data).updated(**base)),
-            },
-            "settings": {
-                # What wants pairs is given the same beginnings with an answer that tells nothing.
-                **{name: {"knowledge": refusals} for name in ("dpo", "profs")},
-                # Published coefficients and weights are those of 7B models; a search around them
-                # would find nothing here (LOG.md).
-                "rmu": {name: RMU for name in FUNCTIONS},
-                "adaptive-rmu": {name: ADAPTIVE for name in FUNCTIONS},
-            },
-            **few,
-            **changes,
-        }
-    )
+    settings: dict[str, dict[str, dict[str, Any]]] = {
+        # What wants pairs is given the same beginnings with an answer that tells nothing.
+        **{name: {"knowledge": refusals} for name in ("dpo", "profs")},
+        # Published coefficients and weights are those of 7B models; a search around them
+        # would find nothing here (LOG.md).
+        "rmu": dict.fromkeys(FUNCTIONS, RMU),
+        "adaptive-rmu": dict.fromkeys(FUNCTIONS, ADAPTIVE),
+    }
+    return {
+        "functions": {
+            "knowledge": _plain(demo_recipe(data).updated(**base)),
+            "toxicity": _plain(toxicity_recipe(data).updated(**base)),
+        },
+        "settings": settings,
+        **few,
+    }
+
+
+def miniature_plan(
+    data: Path, *, quick: bool = False, overrides: Sequence[str] = ()
+) -> ComparisonPlan:
+    """The built-in comparison; the miniature's world is written to ``data``.
+
+    Args:
+        overrides: ``key=value`` of ``--set``.
+    """
+    settings = merge_overrides(miniature_settings(data, quick=quick), list(overrides))
+    plan = ComparisonPlan.build(settings)
+    check_data().write(data)
+    return plan
 
 
 def _plain(recipe: Recipe) -> dict[str, Any]:

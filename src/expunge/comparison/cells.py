@@ -16,7 +16,7 @@ never 0.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -72,6 +72,7 @@ class Cell:
         lacking: part -> why it is missing.
         by_example: summary -> set of examples -> influence of each on it, (Q,); empty where the
             record has no values.
+        removed: what was to be removed, where that is not the function and no record tells.
     """
 
     place: Place
@@ -85,6 +86,7 @@ class Cell:
     record: RunRecord | None = None
     lacking: Mapping[str, str] = field(default_factory=dict)
     by_example: Mapping[str, Mapping[str, Floats]] = field(default_factory=dict)
+    removed: str | None = None
 
     @property
     def harmonic(self) -> float | None:
@@ -169,9 +171,10 @@ def oracle_cell(record: RunRecord) -> Cell:
     return _cell(place, record, shares_of(record, "oracle"), {})
 
 
-def diverged_cell(place: Place, reason: str) -> Cell:
+def diverged_cell(place: Place, reason: str, removed: str | None = None) -> Cell:
     """The cell of a run that led nowhere: nothing forgotten that counts, nothing retained."""
-    return Cell(place, "diverged", forget=0.0, retain=0.0, hypervolume=0.0, reason=reason)
+    nothing = Cell(place, "diverged", forget=0.0, retain=0.0, hypervolume=0.0, reason=reason)
+    return replace(nothing, removed=removed)
 
 
 def spent(record: RunRecord) -> dict[str, int]:

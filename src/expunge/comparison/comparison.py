@@ -98,11 +98,15 @@ class Comparison:
                 fix="leave it out, or give a larger one",
             )
         given, given_up = list(records), dict(diverged or {})
-        given_up |= {place_of(r): r.training[DIVERGED] for r in given if DIVERGED in r.training}
         choices = [r for r in given if is_choice(r)]
-        given = [r for r in given if not (DIVERGED in r.training or is_choice(r))]
+        given = [r for r in given if not is_choice(r)]
         plain_ones = [r for r in given if r.function == recipe_of(r)["function"]]
         others = [r for r in given if r.function != recipe_of(r)["function"]]
+        given_up |= {p: r.training[DIVERGED] for p, r in _placed(plain_ones) if _diverged(r)}
+        plain_ones = [r for r in plain_ones if not _diverged(r)]
+        # Training alone, as before a sequence, says nothing where the same cell has a result.
+        filled = {place for place, r in _placed(plain_ones) if r.scores} | given_up.keys()
+        plain_ones = [r for place, r in _placed(plain_ones) if r.scores or place not in filled]
         cells = [cell_of(record) for record in plain_ones]
         _check_once(cells)
         known = {cell.place for cell in cells}
@@ -121,7 +125,10 @@ class Comparison:
                 allowed="records of finished runs, one for each objective, function and seed",
                 fix="name the folder that holds the runs",
             )
-        added_up = [cell_of(record) for record in others]
+        added_up = [
+            diverged_cell(place, r.training[DIVERGED], r.function) if _diverged(r) else cell_of(r)
+            for place, r in _placed(others)
+        ]
         rows, interference = rows_of(cells, choices), rows_of(added_up)
         settings = Settings(own=_own(rows, own), margin=margin)
         tests = tests_of(rows, settings.own)
@@ -156,6 +163,14 @@ class Comparison:
             "notes": list(self.notes),
             "settings": plain(self.settings),
         }
+
+
+def _placed(records: Sequence[RunRecord]) -> list[tuple[Place, RunRecord]]:
+    return [(place_of(record), record) for record in records]
+
+
+def _diverged(record: RunRecord) -> bool:
+    return DIVERGED in record.training
 
 
 def _own(rows: Sequence[Row], own: Mapping[str, str] | None) -> dict[str, str]:

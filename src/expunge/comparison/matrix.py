@@ -125,7 +125,8 @@ def rows_of(cells: Sequence[Cell], choices: Sequence[RunRecord] = ()) -> tuple[R
     chosen = {(place_of(r).function, place_of(r).method): spent(r) for r in choices}
     grouped: dict[tuple[str, str, str], list[Cell]] = {}
     for cell in cells:
-        removed = cell.place.function if cell.record is None else cell.record.function
+        told = cell.removed if cell.record is None else cell.record.function
+        removed = told or cell.place.function
         grouped.setdefault((cell.place.function, cell.place.method, removed), []).append(cell)
     functions = list(dict.fromkeys(function for function, _, _ in grouped))
     ordered = sorted(grouped.items(), key=lambda item: functions.index(item[0][0]))

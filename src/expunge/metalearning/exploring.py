@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from expunge.errors import DivergedError, RecipeError, TrainingError
+from expunge.errors import DivergedError, RecipeError
 from expunge.evaluation.looks import LookKind, OutputLook
 from expunge.evaluation.pareto import hypervolume
 from expunge.learning import Learning, objective_of, reads_outputs
@@ -263,8 +263,8 @@ def explore(
 
     Raises:
         DataError: nothing to look at, or a base that answers no better than chance.
-        TrainingError: ``folder`` holds episodes from other data or another base, or nothing could
-            be trained at all.
+        TrainingError: ``folder`` holds episodes from other data or another base.
+        DivergedError: nothing could be trained at all, or no state kept the rest.
     """
 
     def make_patch(weights: Mapping[str, Tensor], facts: dict[str, Any]) -> Patch:
@@ -288,6 +288,8 @@ def explore(
     save_front(folder, entries)
     looks = sum(len(one.points) for one in played) + len(entries)
     spent = sum(one.seconds for one in episodes.played)
+    if episodes.searches:  # one of them is the run's own training
+        spent -= sum(entry.seconds for entry in result.log)
     learning.timing["episodes"] = learning.timing.get("episodes", 0.0) + spent
     facts = _facts(episodes, played, entries)
     found = learning.patch(recipe, result, looks=looks, tradeoff=facts)
@@ -340,11 +342,11 @@ def _play_last(episodes: Episodes, stage: Stage) -> tuple[Episode, TrainingResul
 def _best(episodes: Episodes, archive: Archive) -> Entry:
     """The point to take, once the front has been looked at closer.
 
-    Raises TrainingError if there is none, or if all have lost what is to be kept.
+    Raises DivergedError if there is none, or if all have lost what is to be kept.
     """
     recipe, progress = episodes.recipe, episodes.learning.progress
     if not archive.entries:
-        raise TrainingError(
+        raise DivergedError(
             what=f"No episode ({recipe.tradeoff}) got as far as a look at validation",
             got=f"{len(episodes.played)} episodes and the runs after them, all of which diverged",
             allowed="at least one that trains",

@@ -36,7 +36,8 @@ class Learned:
 
     Attributes:
         title: what was run.
-        episodes: as they were played; ``last`` is the run with the learned policy.
+        episodes: as they were played; ``last`` is the run with the learned policy. A search has
+            none: there, it is the trial that was taken.
         facts: the record's, of the trade-off.
         every: steps of an action.
     """
@@ -55,10 +56,12 @@ class Learned:
         path = run / EPISODES_NAME
         try:
             _, *lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-            *episodes, last = map(Episode.from_dict, lines)
             facts = record.training["tradeoff"]
+            played = tuple(map(Episode.from_dict, lines))
+            searched = facts["kind"] == "search"
+            last = played[facts["chosen"]["episode"] if searched else -1]
             every = int(record.provenance["recipe"]["action_every"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
             raise DataError(
                 what=f"What {run} holds of a learned trade-off cannot be read",
                 got=f"{type(error).__name__}: {error}",
@@ -66,7 +69,13 @@ class Learned:
                 fix="give the folder of a finished run with --tradeoff learned",
             ) from error
         title = f"{record.function} · {record.objective} · seed {record.seed}"
-        return cls(title, tuple(episodes), last, tuple(entries), facts, every)
+        episodes = played if searched else played[:-1]
+        return cls(title, episodes, last, tuple(entries), facts, every)
+
+    @property
+    def searched(self) -> bool:
+        """Whether whole runs were tried, and nothing was learned."""
+        return bool(self.facts["kind"] == "search")
 
     @property
     def seen(self) -> list[Point]:
@@ -105,7 +114,8 @@ def tradeoff_figure(run: Path, path: Path | str) -> Path:
         for axis in (left, middle, right):
             axis.spines["top"].set_visible(False)
             axis.title.set_fontweight("bold")
-        figure.suptitle(f"{learned.title} · learned trade-off", fontsize=10, color=GREY)
+        kind = "search" if learned.searched else "learned trade-off"
+        figure.suptitle(f"{learned.title} · {kind}", fontsize=10, color=GREY)
     return path
 
 
@@ -115,16 +125,18 @@ def _rewards(axis: Axes, learned: Learned) -> None:
 
     played = [episode.reward for episode in learned.episodes]
     n = len(played)
-    axis.plot(range(1, n), played[1:], "o", color=SKY, markersize=5, label="episode")
+    one = "trial" if learned.searched else "episode"
+    axis.plot(range(1, n), played[1:], "o", color=SKY, markersize=5, label=one)
     axis.plot(
         [0], played[:1], "o", color=SKY, markerfacecolor="white", markersize=6, label="usual values"
     )
-    if n > 1:
+    if n > 1 and not learned.searched:
         label = f"mean of the last {WINDOW}"
         axis.plot(range(n), _running_mean(played, WINDOW), color=BLUE, linewidth=2, label=label)
-    label = f"last run ({learned.last.steps} steps)"
-    axis.plot([n], [learned.last.reward], "*", color=VERMILLION, markersize=13, label=label)
-    axis.set(title="Reward by episode", xlabel="episode", ylabel="hypervolume on validation")
+    label = "taken" if learned.searched else f"last run ({learned.last.steps} steps)"
+    place = learned.last.number if learned.searched else n
+    axis.plot([place], [learned.last.reward], "*", color=VERMILLION, markersize=13, label=label)
+    axis.set(title=f"Reward by {one}", xlabel=one, ylabel="hypervolume on validation")
     axis.set_ylim(bottom=0, top=max([*played, learned.last.reward, 0.05]) * 1.1)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     _legend_below(axis)
@@ -140,8 +152,8 @@ def _points(axis: Axes, learned: Learned) -> None:
     bottom = min(max(lowest, deepest), least)
     height = 1 - bottom
     for episodes, colour, size, label in (
-        (learned.episodes, LIGHT, 16, "episodes"),
-        ((learned.last,), SKY, 22, "last run"),
+        (learned.episodes, LIGHT, 16, "trials" if learned.searched else "episodes"),
+        ((learned.last,), SKY, 22, "trial taken" if learned.searched else "last run"),
     ):
         seen = [point for episode in episodes for point in episode.points.values()]
         inside = [point for point in seen if point.retain >= bottom]
@@ -223,7 +235,8 @@ def _knobs(axis: Axes, learned: Learned) -> None:
             label=label,
         )
     axis.axhline(1, color=GREY, linewidth=0.8, zorder=0)
-    axis.set(title="Knobs of the last run", xlabel="step", ylabel="multiple of the usual value")
+    title = f"Knobs of the {'trial taken' if learned.searched else 'last run'}"
+    axis.set(title=title, xlabel="step", ylabel="multiple of the usual value")
     if len(linear) < len(scales):
         _multiples(axis)
     if other is not axis:

@@ -48,6 +48,15 @@ def read_losses(path: Path) -> list[StepLog]:
     return log
 
 
+def ends_of(log: Sequence[StepLog]) -> dict[str, Any]:
+    """What a record tells of a log beside its curve: how it began and ended."""
+    return {
+        "first_loss": log[0].loss if log else None,
+        "last_loss": log[-1].loss if log else None,
+        "last": asdict(log[-1]) if log else None,
+    }
+
+
 def curve(log: Sequence[StepLog], most: int = 100) -> dict[str, Any]:
     """What is worth drawing of a run, a list for each quantity: at most ``most`` steps, evenly.
 

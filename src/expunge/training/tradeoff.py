@@ -129,13 +129,16 @@ class Scale:
         return float(self.low * (self.high / self.low) ** share)
 
     @property
-    def start_share(self) -> float:
-        """Where in its range the usual value lies; a tenth of it away from an end."""
+    def usual_share(self) -> float:
+        """Where in its range the usual value lies."""
         if self.knob.scale == "linear":
-            share = (self.usual - self.low) / (self.high - self.low)
-        else:
-            share = math.log(self.usual / self.low) / math.log(self.high / self.low)
-        return min(max(share, 0.1), 0.9)
+            return (self.usual - self.low) / (self.high - self.low)
+        return math.log(self.usual / self.low) / math.log(self.high / self.low)
+
+    @property
+    def start_share(self) -> float:
+        """Where a policy begins: at the usual value, but a tenth of the range from its ends."""
+        return min(max(self.usual_share, 0.1), 0.9)
 
     @property
     def start(self) -> float:
