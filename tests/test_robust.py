@@ -161,3 +161,22 @@ def test_weights_that_are_not_finite_never_replace_a_state(tmp_path: Path, monke
     state = TrainingState.load(tmp_path / "state.safetensors")
     assert state.step == 2
     assert all(bool(weight.isfinite().all()) for weight in state.weights.values())
+
+
+def test_a_worker_that_was_told_to_stop_begins_nothing_more(tmp_path: Path, monkeypatch) -> None:
+    """What was queued for it never starts, and a second signal does not break into its saving."""
+    before = signal.getsignal(signal.SIGTERM)
+    done: list[Any] = []
+    job = Job(Recipe.build({"model": "m", "forget": "f", "retain": "r"}), tmp_path / "a")
+    monkeypatch.setattr(module, "_stopping", [])
+    monkeypatch.setattr(module, "_busy", [job])
+    monkeypatch.setattr(module, "_do", done.append)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            module._interrupt(signal.SIGTERM, None)
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+        with pytest.raises(KeyboardInterrupt):
+            module.try_job(job)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not done

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import BrokenExecutor, Future
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +41,8 @@ class RayPool:
         self._under_way: dict[Any, Any] = {}
         try:
             if not ray.is_initialized():
-                ray.init(include_dashboard=False, log_to_driver=False)
+                with _own_signals():
+                    ray.init(include_dashboard=False, log_to_driver=False)
         except (OSError, RuntimeError, ValueError, TimeoutError) as error:
             raise ResourceError(
                 what="The Ray cluster cannot be reached or started",
@@ -78,6 +82,18 @@ class RayPool:
             result.set_exception(BrokenExecutor(" ".join(str(error).split())[:300]))
         else:
             result.set_exception(error)
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """Ray takes signals for itself, and would end this process without a word to its runs."""
+    kept = {one: signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for one, handler in kept.items():
+                signal.signal(one, handler)
 
 
 def _in_folder(folder: str, do: Callable[[Any], Any], job: Any) -> Any:
