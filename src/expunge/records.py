@@ -6,7 +6,8 @@ Frozen value objects with a JSON form. A missing value is ``None`` with a reason
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -147,9 +148,11 @@ class RunRecord:
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> RunRecord:
         """Inverse of `to_dict`. Raises KeyError or TypeError for anything else."""
-        for name in ("timing", "provenance", "training", "asked"):
-            if not isinstance(raw.get(name, {}), dict):
-                raise TypeError(f"{name} is no object")
+        _check(raw, _RECORD)
+        for name in _LISTS:
+            for one in raw.get(name, []):
+                _check(one, _LISTS[name], f"{name}: ")
+        _check_facts(raw)
         read = {
             "scores": [Score(**score) for score in raw["scores"]],
             "values": [Values(**one) for one in raw.get("values", [])],
@@ -232,3 +235,106 @@ def find_records(
         except DataError as error:
             on_unreadable(error)
     return found
+
+
+# Of which kind a record's fields are, as far as results are computed from them. All others are
+# free: who reads them looks first.
+_NUMBER, _TEXT = (int, float), (str,)
+_OR_NONE = (type(None),)
+_OBJECT, _LIST = (dict, *_OR_NONE), (list, *_OR_NONE)
+_Kinds = Mapping[str, tuple[type, ...]]
+_RECORD: _Kinds = {
+    **dict.fromkeys(("function", "objective"), _TEXT),
+    **dict.fromkeys(("timing", "provenance", "training", "asked"), (dict,)),
+    **dict.fromkeys(("scores", "values", "samples"), (list,)),
+    "seed": (int,),
+    "peak_memory_bytes": _NUMBER,
+}
+_MEASURED: _Kinds = {
+    **dict.fromkeys(("name", "model", "split", "unit", "higher_is"), _TEXT),
+    **dict.fromkeys(("scorer", "prompts", "reason"), (*_TEXT, *_OR_NONE)),
+}
+_LISTS: Mapping[str, _Kinds] = {
+    "scores": {
+        **_MEASURED,
+        **dict.fromkeys(("value", "ci_low", "ci_high", "chance"), (*_NUMBER, *_OR_NONE)),
+        "n": (int,),
+    },
+    "values": {**_MEASURED, "values": (list,), "weights": _LIST},
+    "samples": {"prompts": _TEXT, "prompt": _TEXT, "said": (dict,), "flagged": (dict,)},
+}
+_TRAINING: _Kinds = {
+    **dict.fromkeys(("tradeoff", "last", "split_reads", "calibration"), _OBJECT),
+    # Early records have the names alone.
+    **dict.fromkeys(("parts", "control_of"), (dict, list)),
+    "looks": (*_NUMBER, *_OR_NONE),
+    "diverged": _TEXT,
+}
+_TRADEOFF: _Kinds = {"inner_steps": (*_NUMBER, *_OR_NONE), "chosen": _OBJECT, "tried": _LIST}
+_PROVENANCE: _Kinds = dict.fromkeys(("recipe", "data", "base", "scorer_files"), _OBJECT)
+_RECIPE: _Kinds = {"retain_floor": _NUMBER, "scorers": (list,)}
+
+
+def _check(raw: Any, kinds: _Kinds, where: str = "") -> None:
+    """Raise TypeError unless ``raw`` is an object whose fields, where it has them, are of a kind.
+
+    A number is finite and fits 64 bits.
+    """
+    if not isinstance(raw, dict):
+        raise TypeError(f"{where}{_shown(raw)} is no object")
+    for name, kind in kinds.items():
+        if name in raw and not _is(raw[name], kind):
+            raise TypeError(f"{where}{name} is {_shown(raw[name])}")
+
+
+def _check_all(values: Any, kind: tuple[type, ...], where: str) -> None:
+    for value in values or ():
+        if not _is(value, kind):
+            raise TypeError(f"{where} holds {_shown(value)}")
+
+
+def _check_facts(raw: Mapping[str, Any]) -> None:
+    """What lies deeper than a field, as far as results are computed from it."""
+    for score in raw["scores"]:
+        value = score.get("value")
+        if score.get("unit") == "perplexity" and value is not None and value <= 0:
+            raise TypeError(f"scores: a perplexity of {value}")
+    for one in raw.get("values", []):
+        numbers, weights = one["values"], one.get("weights")
+        _check_all(numbers, (*_NUMBER, *_OR_NONE), "values")
+        _check_all(weights, _NUMBER, "weights")
+        if weights is not None and len(weights) != len(numbers):
+            raise TypeError(f"values: {len(numbers)} values with {len(weights)} weights")
+    for sample in raw.get("samples", []):
+        _check_all(sample["flagged"].values(), _LIST, "flagged")
+    _check_all(raw.get("asked", {}).values(), (list,), "asked")
+    _check_all(raw["timing"].values(), _NUMBER, "timing")
+    training, provenance = raw.get("training", {}), raw["provenance"]
+    _check(training, _TRAINING, "training: ")
+    tradeoff = training.get("tradeoff") or {}
+    _check(tradeoff, _TRADEOFF, "training: tradeoff: ")
+    _check_all(tradeoff.get("tried"), (dict,), "training: tradeoff: tried")
+    _check(training.get("last") or {}, {"step": (int,)}, "training: last: ")
+    _check_all((training.get("split_reads") or {}).values(), (int,), "training: split_reads")
+    _check(provenance, _PROVENANCE, "provenance: ")
+    for tensor in (provenance.get("base") or {}).values():
+        _check(tensor, {}, "provenance: base: ")
+        _ = tensor["fingerprint"]
+    _check_all((provenance.get("scorer_files") or {}).values(), _TEXT, "provenance: scorer_files")
+    recipe = provenance.get("recipe") or {}
+    _check(recipe, _RECIPE, "provenance: recipe: ")
+    if recipe.get("retain_floor", 0) >= 1:
+        raise TypeError(f"provenance: recipe: retain_floor is {recipe['retain_floor']}")
+
+
+def _is(value: Any, kind: tuple[type, ...]) -> bool:
+    if isinstance(value, bool) or not isinstance(value, kind):
+        return False
+    if isinstance(value, int):
+        return abs(value) < 2**63
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 40 else text[:37] + "..."
