@@ -207,3 +207,4 @@ def test_json_form() -> None:
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert found["cells"][0]["by_seed"][0]["parts"]["forget_accuracy"] == pytest.approx(0.5)
     assert found["verdict"]["word"] == "undecided"
+    assert found["settings"].keys() == {"own", "margin"}

@@ -19,7 +19,7 @@ from expunge.comparison.cells import (
 )
 from expunge.comparison.grounds import notes_of
 from expunge.comparison.matrix import Row, plain, rows_of
-from expunge.comparison.testing import ALPHA, Test, tests_of
+from expunge.comparison.testing import Test, tests_of
 from expunge.comparison.verdict import MARGIN, Verdict, verdict_of
 from expunge.errors import DataError
 from expunge.records import RunRecord
@@ -34,12 +34,10 @@ class Settings:
     Attributes:
         own: function -> its own objective; the first two are those of the verdict.
         margin: of the harmonic mean, below which a difference counts as none.
-        alpha: level of significance.
     """
 
     own: Mapping[str, str]
     margin: float = MARGIN
-    alpha: float = ALPHA
 
 
 @dataclass(frozen=True, eq=False)

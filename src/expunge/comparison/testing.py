@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from expunge.comparison.cells import Cell, Summary
 from expunge.comparison.grounds import differing, grounds_of
 from expunge.comparison.matrix import Row
-from expunge.evaluation.paired import McNemar, holm, mcnemar
+from expunge.evaluation.paired import McNemar, holm, mcnemar, paired_bootstrap
 from expunge.evaluation.significance import Effect, effect
+from expunge.evaluation.stats import Interval
 
 ALPHA = 0.05
 
@@ -27,6 +28,8 @@ class Test:
         p_adjusted: by Holm over all tests of the comparison; None where the effect has no p.
         parts: the same difference of ``forget`` and ``retain``; their p are not adjusted.
         mcnemar: by seed, of questions on what was to be forgotten; a: own. One pair of runs each.
+        accuracy: of the same questions and pairs of runs, the 95 % interval of own − other over
+            questions (`paired_bootstrap`).
     """
 
     __test__ = False  # no test of pytest's
@@ -38,6 +41,7 @@ class Test:
     p_adjusted: float | None = None
     parts: Mapping[str, Effect] = field(default_factory=dict)
     mcnemar: Mapping[int, McNemar] = field(default_factory=dict)
+    accuracy: Mapping[int, Interval] = field(default_factory=dict)
 
     @property
     def better(self) -> bool:
@@ -93,24 +97,33 @@ def tests_of(rows: Sequence[Row], own: Mapping[str, str]) -> tuple[Test, ...]:
 
 def _test(own: Row, other: Row) -> Test:
     parts = {name: difference(own, other, name) for name in ("forget", "retain")}
+    answers = {} if parts["forget"].mean is None else _answers_of_both(own, other)
     return Test(
         function=own.function,
         own=own.method,
         other=other.method,
         effect=difference(own, other),
         parts=parts,
-        mcnemar={} if parts["forget"].mean is None else _mcnemar(own, other),
+        mcnemar={seed: mcnemar(*pair) for seed, pair in answers.items()},
+        accuracy={
+            seed: paired_bootstrap(*pair) for seed, pair in answers.items() if len(pair[0]) > 1
+        },
     )
 
 
-def _mcnemar(own: Row, other: Row) -> dict[int, McNemar]:
-    answers = [{cell.place.seed: _answers(cell) for cell in row.counted} for row in (own, other)]
+def _answers_of_both(own: Row, other: Row) -> dict[int, tuple[list[float], list[float]]]:
+    """By seed, what both answered, of the questions on which both were scored."""
+    first, second = (
+        {cell.place.seed: _answers(cell) for cell in row.counted} for row in (own, other)
+    )
     found = {}
-    for seed, first in answers[0].items():
-        second = answers[1].get(seed)
-        if first and second and len(first) == len(second):
-            found[seed] = mcnemar(first, second)
-    return found
+    for seed in first.keys() & second.keys():
+        if len(first[seed]) == len(second[seed]):
+            pairs = zip(first[seed], second[seed], strict=True)
+            both = [(a, b) for a, b in pairs if a is not None and b is not None]
+            if both:
+                found[seed] = ([a for a, _ in both], [b for _, b in both])
+    return dict(sorted(found.items()))
 
 
 def _answers(cell: Cell) -> list[float | None]:
