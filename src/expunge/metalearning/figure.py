@@ -36,8 +36,9 @@ class Learned:
 
     Attributes:
         title: what was run.
-        episodes: as they were played; ``last`` is the run with the learned policy. A search has
-            none: there, it is the trial that was taken.
+        episodes: as they were played, none where another run's have taught the policy; ``last`` is
+            the run with the learned policy. A search has no such run: there, it is the trial that
+            was taken.
         facts: the record's, of the trade-off.
         every: steps of an action.
     """
@@ -126,10 +127,13 @@ def _rewards(axis: Axes, learned: Learned) -> None:
     played = [episode.reward for episode in learned.episodes]
     n = len(played)
     one = "trial" if learned.searched else "episode"
-    axis.plot(range(1, n), played[1:], "o", color=SKY, markersize=5, label=one)
-    axis.plot(
-        [0], played[:1], "o", color=SKY, markerfacecolor="white", markersize=6, label="usual values"
-    )
+    if n > 1:
+        axis.plot(range(1, n), played[1:], "o", color=SKY, markersize=5, label=one)
+    if played:
+        axis.plot(
+            [0], played[:1], "o", color=SKY, markerfacecolor="white", markersize=6,
+            label="usual values",
+        )  # fmt: skip
     if n > 1 and not learned.searched:
         label = f"mean of the last {WINDOW}"
         axis.plot(range(n), _running_mean(played, WINDOW), color=BLUE, linewidth=2, label=label)
@@ -155,6 +159,8 @@ def _points(axis: Axes, learned: Learned) -> None:
         (learned.episodes, LIGHT, 16, "trials" if learned.searched else "episodes"),
         ((learned.last,), SKY, 22, "trial taken" if learned.searched else "last run"),
     ):
+        if not episodes:
+            continue
         seen = [point for episode in episodes for point in episode.points.values()]
         inside = [point for point in seen if point.retain >= bottom]
         axis.scatter(
