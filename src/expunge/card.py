@@ -14,8 +14,9 @@ from typing import Any
 import yaml
 
 from expunge.comparison import cell_of
-from expunge.errors import DataError
+from expunge.errors import DataError, RecipeError
 from expunge.files import write_text
+from expunge.presets import PRESETS
 from expunge.records import RunRecord, Score, full_name
 from expunge.report.groups import score_lines, slug_of
 from expunge.report.settings import said, unplaced
@@ -24,25 +25,31 @@ from expunge.report.shown import percent, times, visible
 CARD_NAME = "README.md"
 # By this a card is known as one that may be replaced.
 MARK = "<!-- expunge card -->"
-_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _SPECIAL = re.compile(r"[\\`*\[\]<>|#&~$]|(?<!\w)_|_(?!\w)")
 METRICS = {"forget_accuracy": "accuracy", "retain_accuracy": "accuracy", "perplexity": "perplexity"}
 # Settings that are the machine's, or that say where something lay.
 NOT_TOLD = {"cache_gib", "device", "save_every"}
 
 
-def card(record: RunRecord, *, adapter_error: float | None = None) -> str:
+def card(
+    record: RunRecord, *, adapter_error: float | None = None, base_model: str | None = None
+) -> str:
     """The card as Markdown with its metadata.
 
     Args:
         adapter_error: what a LoRA adapter lost of the patch, as a share of its norm; None: the card
             is of the patch itself, or of a model that it was applied to.
+        base_model: the base's name on the Hub. A record does not tell it from a folder's: without
+            it, only a name that a preset knows is given as such.
 
     Raises:
         DataError: the record does not say by which recipe it was made.
+        RecipeError: ``base_model`` is no name on the Hub.
     """
     from huggingface_hub import EvalResult, ModelCardData
 
+    base = _base(record) if base_model is None else _named(base_model)
     results = [
         EvalResult(
             task_type="text-generation",
@@ -60,7 +67,7 @@ def card(record: RunRecord, *, adapter_error: float | None = None) -> str:
         if score.model == "patched" and score.value is not None
     ]
     metadata = ModelCardData(
-        base_model=_base(record),
+        base_model=base,
         library_name="transformers" if adapter_error is None else "peft",
         pipeline_tag="text-generation",
         tags=["expunge", "unlearning", f"removed-{slug_of(record.function)}"],
@@ -69,7 +76,7 @@ def card(record: RunRecord, *, adapter_error: float | None = None) -> str:
     )
     # A name must not end the metadata, nor reach it with hidden characters.
     front = metadata.to_yaml(line_break="\n")
-    body = "\n\n".join(part for part in _parts(record, adapter_error) if part)
+    body = "\n\n".join(part for part in _parts(record, adapter_error, base) if part)
     return f"---\n{front}\n---\n\n{MARK}\n\n{body}\n"
 
 
@@ -99,7 +106,7 @@ def record_beside(patch: Path) -> RunRecord:
     return RunRecord.load(patch if patch.is_dir() else patch.parent)
 
 
-def _parts(record: RunRecord, adapter_error: float | None) -> Iterable[str]:
+def _parts(record: RunRecord, adapter_error: float | None, base: str | None) -> Iterable[str]:
     yield f"# {_md(_title(record))}"
     yield _summary(record)
     if adapter_error is not None:
@@ -127,7 +134,7 @@ def _parts(record: RunRecord, adapter_error: float | None) -> Iterable[str]:
     yield "## Limits"
     yield _limits(record)
     yield "## Provenance"
-    yield _provenance(record)
+    yield _provenance(record, base)
     yield "## How to reproduce"
     yield _reproduce(record)
 
@@ -184,11 +191,11 @@ def _limits(record: RunRecord) -> str:
     return "\n".join(f"- {line}" for line in found)
 
 
-def _provenance(record: RunRecord) -> str:
+def _provenance(record: RunRecord, base: str | None) -> str:
     told = record.provenance
-    recipe = told.get("recipe", {})
+    recipe = told.get("recipe") or {}
     facts: list[tuple[str, Any]] = [
-        ("base model", recipe.get("model")),
+        ("base model", base or recipe.get("model")),
         ("commit of expunge", told.get("commit")),
         ("packages", told.get("packages")),
         ("hardware", told.get("hardware")),
@@ -199,13 +206,26 @@ def _provenance(record: RunRecord) -> str:
     for name, digest in (data if isinstance(data, dict) else {}).items():
         facts.append((f"SHA-256 of {unplaced(str(name))}", digest))
     rows = [f"| {_md(name)} | {_md(said(value))} |" for name, value in facts if value]
-    return "\n".join(["| fact | value |", "|---|---|", *rows])
+    note = "" if base else "\n\nThe base is named as the recipe names it: a folder, or a Hub model."
+    return "\n".join(["| fact | value |", "|---|---|", *rows]) + note
 
 
 def _reproduce(record: RunRecord) -> str:
+    made_of = composed_of(record)
+    if made_of is not None:
+        how = (
+            "A random change as large as that of another run, as a yardstick: nothing was trained "
+            "for it, and it was not meant to remove anything."
+            if "control_of" in record.training
+            else "Nothing was trained for this record: it measures a patch that other trainings "
+            "left, or the sum of several. Each has a record and recipes of its own."
+        )
+        rows = [
+            f"- {_md(name)}" + (f", SHA-256 of its patch {_md(said(one))}" if one else "")
+            for name, one in made_of
+        ]
+        return "\n".join([f"{how} It is made of:\n", *rows]) if rows else how
     recipe = {k: v for k, v in record.provenance["recipe"].items() if k not in NOT_TOLD}
-    if " + " in record.objective:
-        return "A sum of patches of several runs; each has a record and a recipe of its own."
     text = yaml.safe_dump(_cut(recipe), sort_keys=False, allow_unicode=False, width=10**6)
     # In a fence the text is as it is; it must not close the fence.
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall(r"`+", text)), default=0))
@@ -213,6 +233,16 @@ def _reproduce(record: RunRecord) -> str:
         "Save as `recipe.yaml`, put the data where it names them, and run "
         f"`expunge run recipe.yaml -o run`:\n\n{fence}yaml\n{text}{fence}"
     )
+
+
+def composed_of(record: RunRecord) -> list[tuple[str, Any]] | None:
+    """(folder, hash) of the patches that a patch was made of; None of one that its recipe made."""
+    for name in ("parts", "control_of"):
+        if name in record.training:
+            told = record.training[name]
+            hashes = told if isinstance(told, dict) else dict.fromkeys(map(str, told))
+            return [(str(key), value) for key, value in hashes.items()]
+    return None
 
 
 def _cut(value: Any) -> Any:
@@ -225,13 +255,24 @@ def _cut(value: Any) -> Any:
 
 
 def _base(record: RunRecord) -> str | None:
-    """The base's name on the Hub; None for a folder."""
-    name = str(record.provenance.get("recipe", {}).get("model", ""))
-    return name if _HUB_NAME.fullmatch(name) and not Path(name).exists() else None
+    """The base's name on the Hub, if a preset knows it; ``models/mine`` may well be a folder."""
+    name = str((record.provenance.get("recipe") or {}).get("model", ""))
+    return name if any(name in preset.hub_names for preset in PRESETS.values()) else None
+
+
+def _named(name: str) -> str:
+    if not _HUB_NAME.fullmatch(name):
+        raise RecipeError(
+            what="That is no name of a model on the Hub",
+            got=name,
+            allowed="owner/name",
+            fix="write it as on the Hub, or leave --base-model out",
+        )
+    return name
 
 
 def _title(record: RunRecord) -> str:
-    base = unplaced(str(record.provenance.get("recipe", {}).get("model", ""))) or "a model"
+    base = unplaced(str((record.provenance.get("recipe") or {}).get("model", ""))) or "a model"
     return f"{base.rsplit('/', 1)[-1]} without {record.function}, as far as measured"
 
 

@@ -29,6 +29,7 @@ from expunge.compare import COMPARISON_NAME, Comparing, ComparisonPlan
 from expunge.errors import DivergedError
 from expunge.learning import Learning
 from expunge.records import RunRecord
+from expunge.report.gather import gather
 
 FUNCTIONS = tuple(OWN)
 TRAINED = tuple(OWN.values())
@@ -75,6 +76,16 @@ def test_every_cell_is_measured(compared):
         assert row["seeds"] == list(range(SEEDS))
         assert (row["diverged"], row["missing"]) == (0, 0), (method, function)
         assert all(0 <= cell[name] <= 1 for cell in row["by_seed"] for name in ("forget", "retain"))
+
+
+def test_a_report_of_its_folder_says_the_same(compared):
+    told = json.loads(json.dumps(gather([compared]).compared().to_dict()))
+    written = json_of(compared / COMPARISON_NAME)
+    assert written["settings"]["own"] == OWN  # not the usual ones
+    for key in ("settings", "verdict", "verdict_reason", "tests", "cells"):
+        assert told[key] == written[key], key
+    for key in ("notes", "interference"):  # in the order of the folders
+        assert sorted(map(json.dumps, told[key])) == sorted(map(json.dumps, written[key])), key
 
 
 def test_own_objectives_are_tested_against_all_others(compared):

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import shutil
 
+import pytest
 from huggingface_hub import ModelCard
-from test_bad_input import DATA, check
+from learned_world import learned_settings, record_of
+from test_bad_input import DATA, RECIPE, check
+
+from expunge.recipe import Recipe
+from expunge.run import run
 
 
 def test_report_of_a_run_and_of_a_folder(cli, finished, tmp_path):
@@ -45,6 +50,35 @@ def test_card_is_printed_or_written(cli, finished, tmp_path):
     (tmp_path / "README.md").write_text("mine")
     check(cli("card", finished, "-o", tmp_path), DATA, "did not write", "--replace")
     assert cli("card", finished, "-o", tmp_path, "--replace").code == 0
+    named = cli("card", finished, "--base-model", "owner/name")
+    assert ModelCard(named.out).data.base_model == "owner/name"
+    check(cli("card", finished, "--base-model", "lab7m"), RECIPE, "no name", "owner/name")
+
+
+@pytest.fixture(scope="module")
+def learned(world, tmp_path_factory):
+    """A learned run, and one whose policy it taught."""
+    first, second = (tmp_path_factory.mktemp("learned") / name for name in ("first", "second"))
+    run(Recipe.build(learned_settings(world, episodes=2)), first)
+    run(Recipe.build(learned_settings(world, policy_from=str(first))), second)
+    return first, second
+
+
+def test_the_reward_of_each_episode_is_drawn(cli, learned, tmp_path):
+    first, _ = learned
+    told = cli("report", first, "-o", tmp_path / "page.html", "--figures", tmp_path, "--json").json
+    (drawn,) = [name for name in told["figures"] if name.endswith("-rewards.svg")]
+    tried = record_of(first)["training"]["tradeoff"]["tried"]
+    ends = f"from {tried[0]['reward']:.3g} to {tried[-1]['reward']:.3g}"
+    assert len(tried) == 3 and ends in (tmp_path / drawn).read_text(encoding="utf-8")
+
+
+def test_a_run_without_episodes_of_its_own_is_drawn(cli, learned, tmp_path):
+    pytest.importorskip("matplotlib")
+    _, second = learned
+    drawn = cli("show", second, "--figure", tmp_path / "a.svg")
+    assert drawn.code == 0, drawn.err
+    assert "last run" in (tmp_path / "a.svg").read_text(encoding="utf-8")
 
 
 def test_an_exported_adapter_has_a_card(cli, world, finished, tmp_path):

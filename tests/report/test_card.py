@@ -9,7 +9,7 @@ from report_records import record
 from test_hostile import EVERY, poisoned
 
 from expunge.card import MARK, card, record_beside, save_card
-from expunge.errors import DataError
+from expunge.errors import DataError, RecipeError
 from expunge.recipe import Recipe
 
 
@@ -59,13 +59,56 @@ def test_the_recipe_in_it_is_a_recipe():
 
 @pytest.mark.parametrize(
     ("model", "shown"),
-    [("owner/name-7b", "owner/name-7b"), ("/home/user/models/mine", None), ("a/b/c", None)],
+    [
+        ("meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.1-8B"),
+        ("models/foo", None),
+        ("lab7m", None),
+        ("/home/user/models/mine", None),
+        ("a/b/c", None),
+    ],
 )
-def test_only_a_name_on_the_hub_is_a_base_model(model, shown):
+def test_only_a_name_known_on_the_hub_is_a_base_model(model, shown, tmp_path, monkeypatch):
     recipe = {**record().provenance["recipe"], "model": model}
-    text = card(record(provenance={"recipe": recipe}))
+    made = record(provenance={"recipe": recipe})
+    text = card(made)
     assert parsed(text).data.base_model == shown
+    assert f"| base model | {model.removeprefix('/home/user/models/')} |" in text
+    assert ("a folder, or a Hub model" in text) == (shown is None)
     assert "/home" not in text
+    # The same wherever it is made.
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "meta-llama" / "Llama-3.1-8B").mkdir(parents=True)
+    assert card(made) == text
+
+
+def test_a_name_on_the_hub_can_be_given():
+    text = card(record(), base_model="owner/name-7b")
+    assert parsed(text).data.base_model == "owner/name-7b"
+    assert "| base model | owner/name-7b |" in text
+    for bad in ("lab7m", "a/b/c", "/models/x", "owner/name\n"):
+        with pytest.raises(RecipeError, match="no name of a model on the Hub"):
+            card(record(), base_model=bad)
+
+
+@pytest.mark.parametrize(
+    ("method", "training", "told"),
+    [
+        ("cosine-rmu + npo", {"parts": {"one": "ab", "two": "cd"}}, "the sum of several"),
+        ("joint(cosine-rmu, npo)", {"parts": {"joint": "ab"}}, "other trainings left"),
+        ("cosine-rmu then npo", {"parts": {"sequence": "ab"}}, "other trainings left"),
+        ("random-control", {"control_of": {"run": "ab"}}, "A random change as large"),
+    ],
+)
+def test_a_recipe_does_not_claim_what_it_did_not_make(method, training, told):
+    text = card(record(method, training=training))
+    how = text.split("## How to reproduce")[1]
+    assert told in how and "SHA-256 of its patch ab" in how
+    assert "expunge run" not in how and "```" not in how
+
+
+def test_a_sum_that_names_its_parts_alone():
+    how = card(record(training={"parts": ["one", "two"]})).split("## How to reproduce")[1]
+    assert "- one\n- two" in how and "expunge run" not in how
 
 
 def test_an_adapter_is_told_from_what_was_measured():

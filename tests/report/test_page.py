@@ -12,7 +12,7 @@ from itertools import pairwise
 import pytest
 from report_records import N, matrix, record
 
-from expunge.comparison import Place
+from expunge.comparison import Comparison, Place
 from expunge.errors import DataError
 from expunge.records import SCHEMA_VERSION, Sample
 from expunge.report import palette
@@ -152,12 +152,160 @@ def test_a_run_without_any_score(made):
         {"curve": {"step": [0, 1], "points": [[1], "x", [1, 2, "y"]]}},
         {"curve": {"step": [0, 1], "loss": [1e308, -1e308], "forget": [float("inf"), 1]}},
         {"probe_accuracy": {"before": [[0, 0.5]], "after": None}},
-        {"tradeoff": {"rewards": [0.1, "x", None, 0.3]}},
+        {"tradeoff": {"tried": [{"reward": 0.1}, {"reward": "x"}, {}, {"worth": 0.3}]}},
     ],
 )  # fmt: skip
 def test_odd_training_facts_do_not_stop_a_page(made, monkeypatch, training):
     monkeypatch.setattr("expunge.records.write_json", lambda p, v: write(p, json.dumps(v)))
     assert made([record(training=training)]).has("scores")
+
+
+ODD = {
+    "a score": lambda raw: raw["scores"][0].update(value="x"),
+    "n": lambda raw: raw["scores"][0].update(n=None),
+    "a perplexity": lambda raw: raw["scores"][0].update(value=0, unit="perplexity"),
+    "an infinite score": lambda raw: raw["scores"][1].update(value=float("inf")),
+    "a score as a list": lambda raw: raw["scores"].append([]),
+    "values": lambda raw: raw["values"][0]["values"].append("x"),
+    "weights": lambda raw: raw["values"][0].update(weights=[1.0]),
+    "said": lambda raw: raw["samples"][0].update(said="x"),
+    "flagged": lambda raw: raw["samples"][0].update(flagged={"base": 3}),
+    "asked": lambda raw: raw["asked"].update(forget=3),
+    "memory": lambda raw: raw.update(peak_memory_bytes="x"),
+    "timing": lambda raw: raw["timing"].update(train="x"),
+    "seed": lambda raw: raw.update(seed="x"),
+    "the tradeoff": lambda raw: raw["training"].update(tradeoff="x"),
+    "steps": lambda raw: raw["training"].update(tradeoff={"inner_steps": "x"}),
+    "tried": lambda raw: raw["training"].update(tradeoff={"tried": [3]}),
+    "last": lambda raw: raw["training"].update(last=3),
+    "the last step": lambda raw: raw["training"].update(last={"step": "x"}),
+    "split_reads": lambda raw: raw["training"].update(split_reads=[1]),
+    "a count": lambda raw: raw["training"].update(split_reads={"validation": "x"}),
+    "parts": lambda raw: raw["training"].update(parts=3),
+    "the floor": lambda raw: raw["provenance"]["recipe"].update(retain_floor="x"),
+    "a floor of 1": lambda raw: raw["provenance"]["recipe"].update(retain_floor=1.0),
+    "data": lambda raw: raw["provenance"].update(data="x"),
+    "the base": lambda raw: raw["provenance"].update(base={"w": "x"}),
+    "the base's hash": lambda raw: raw["provenance"].update(base={"w": {}}),
+    "scorer files": lambda raw: raw["provenance"].update(scorer_files={"a": 1}),
+    "scorers": lambda raw: raw["provenance"]["recipe"].update(scorers=3),
+}
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_odd_records_are_left_out_and_the_rest_is_shown(made, tmp_path, odd):
+    raw = json.loads(json.dumps(record(seed=9).to_dict()))
+    ODD[odd](raw)
+    write(tmp_path / "runs" / "odd" / "record.json", json.dumps(raw))
+    found = made([record(seed=0), record(seed=1)])
+    assert [name for name, _ in found.page.left_out] == [
+        "No readable run record at odd/record.json"
+    ]
+    assert "Left out: 1 record" in found.section("origin").words
+
+
+def test_joint_trainings_are_not_missed_their_measurements_are_shown(made, tmp_path):
+    trained = record(scores=[], values=[], provenance={"recipes": [{}, {}]})
+    trained.save(tmp_path / "runs" / "joint")
+    measured = record("joint(a, b)", training={"parts": {"joint": "ab"}})
+    found = made([record(), measured])
+    assert not found.page.left_out and len(found.page.sources) == 2
+
+
+def comparison_file(path, own, cells):
+    rows = [{"method": m, "function": f, "seeds": seeds} for m, f, seeds in cells]
+    write(path, json.dumps({"settings": {"own": own}, "cells": rows}))
+
+
+def test_a_comparison_beside_the_records_says_what_was_compared(tmp_path):
+    records = [
+        record(method, function, seed)
+        for function in ("knowledge", "toxicity")
+        for method in ("npo", "rmu")
+        for seed in range(2)
+    ]
+    for at, one in enumerate(records):
+        one.save(tmp_path / f"run{at}")
+    assert gather([tmp_path]).compared().verdict is None
+    own = {"knowledge": "npo", "toxicity": "rmu"}
+    cells = [(m, f, [0, 1, 2]) for m in ("npo", "rmu") for f in own]
+    comparison_file(tmp_path / "comparison.json", own, cells)
+    gathered = gather([tmp_path])
+    found = gathered.compared()
+    expected = [Place(m, f, seed) for m, f, seeds in cells for seed in seeds]
+    told = Comparison.of(gathered.records, own=own, expected=expected)
+    assert found.to_dict() == told.to_dict() and found.verdict is not None
+    assert [row.missing for row in found.rows] == [1, 1, 1, 1]
+    assert "npo on knowledge, seed 2: missing" in found.notes[0]
+    # A single run of it is a single run.
+    alone = gather([tmp_path / "run0"])
+    assert alone.compared().rows[0].missing == 0
+    # Two that disagree: the usual own objectives.
+    comparison_file(tmp_path / "other" / "comparison.json", {"knowledge": "x"}, [])
+    assert gather([tmp_path]).compared().verdict is None
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "3", '{"settings": {"own": 3}, "cells": []}'])
+def test_a_comparison_that_cannot_be_read_is_left_out(tmp_path, text):
+    record().save(tmp_path / "run")
+    write(tmp_path / "comparison.json", text)
+    found = gather([tmp_path])
+    assert [name for name, _ in found.left_out] == ["No readable comparison at comparison.json"]
+    assert found.compared().rows and str(tmp_path) not in str(found.left_out)
+
+
+PARTS = ("scores", "values")
+
+
+def spending(seed, steps):
+    facts = {"last": {"step": steps - 1}, "split_reads": {"validation": 2, "test": 1}}
+    return record(seed=seed, training=facts)
+
+
+def test_the_budget_counts_all_seeds_and_the_choice(made, tmp_path):
+    choice = record(
+        seed=1000,
+        scores=[],
+        values=[],
+        training={"tradeoff": {"inner_steps": 480}, "split_reads": {"validation": 40}},
+    )
+    choice.provenance["recipe"].update(tradeoff="search", evaluate=False)
+    found = made([choice, spending(0, 100), spending(1, 60)])
+    (row,) = found.section("budget").all("tbody")[0].all("tr")
+    cells = {td.attributes["data-head"]: td.words for td in row.all("td")}
+    assert (cells["runs"], cells["steps, in all"], cells["looks, in all"]) == ("2", "640", "44")
+    assert (cells["steps, a run"], cells["looks, a run"]) == ("80", "2")
+    bare = made([record(training={})], tmp_path / "bare")
+    (row,) = bare.section("budget").all("tbody")[0].all("tr")
+    assert [td.words for td in row.all("td")][1:5] == ["—"] * 4
+
+
+def test_the_rewards_of_a_search_are_drawn(made):
+    tried = [{"knobs": {"lr": 0.1}, "reward": worth} for worth in (0.1, 0.4, 0.2)]
+    found = made([record(training={"tradeoff": {"kind": "search", "tried": tried}})])
+    (plot,) = [plot for plot in found.page.plots if plot.name.endswith("-rewards")]
+    assert plot.lines[0].points == ((0, 0.1), (1, 0.4), (2, 0.2))
+
+
+def test_mcnemars_counts_stand_beside_the_tests(made):
+    found = made(matrix())
+    test = found.page.comparison.tests[0]
+    counts = list(test.mcnemar.values())
+    (own, other, n) = (sum(getattr(c, k) for c in counts) for k in ("only_a", "only_b", "n"))
+    assert n == 3 * N
+    words = found.section("tests").all("tbody")[0].all("tr")[0].all("td")[-1].words
+    assert f"{own} : {other}" in words and f"of {n}, p 1.000 to 1.000" in words
+
+
+def test_one_seed_has_intervals_over_its_questions_alone(made):
+    other = record("multi-layer-probe", **{k: getattr(record(seed=5), k) for k in PARTS})
+    found = made([record(), other])
+    (test,) = found.page.comparison.tests
+    assert test.effect.p is None and test.effect.partial is not None
+    assert test.accuracy.keys() == {0} and test.accuracy[0][1] < 0
+    words = found.section("tests").all("tbody")[0].words
+    assert "over examples alone" in words and "0 : 5" in words
+    assert "difference in accuracy [" in words
 
 
 def write(path, text):
@@ -254,6 +402,20 @@ def test_figures_are_files_too(made, tmp_path):
     for path in written[1:]:
         assert ElementTree.parse(path).getroot().tag.endswith("svg")
     assert "<style" in svg(found.page.plots[0])
+
+
+def test_only_an_earlier_figure_is_replaced(made, tmp_path):
+    page = made(matrix()).page
+    out, figures = tmp_path / "page.html", tmp_path / "figures"
+    last = page.plots[-1].name
+    write(figures / f"{last}.svg", "<svg>a user's own drawing</svg>")
+    with pytest.raises(DataError, match="something else"):
+        save_page(page, out, figures)
+    assert "own drawing" in (figures / f"{last}.svg").read_text()
+    assert not out.exists() and len(list(figures.iterdir())) == 1  # nothing is half done
+    (figures / f"{last}.svg").unlink()
+    save_page(page, out, figures)
+    save_page(page, out, figures)
 
 
 def test_only_a_report_is_replaced(made, tmp_path):

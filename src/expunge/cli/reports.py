@@ -18,6 +18,10 @@ def card_(
         Path | None,
         typer.Option("-o", "--out", metavar="PATH", help="File or folder; without it, print."),
     ] = None,
+    base_model: Annotated[
+        str | None,
+        typer.Option(metavar="OWNER/NAME", help="The base's name on the Hub, for the metadata."),
+    ] = None,
     replace: Annotated[
         bool, typer.Option("--replace", help="Replace a README that expunge did not write.")
     ] = False,
@@ -26,7 +30,7 @@ def card_(
     from expunge.card import card, save_card
     from expunge.records import RunRecord
 
-    made = card(RunRecord.load(run))
+    made = card(RunRecord.load(run), base_model=base_model)
     if out is None:
         sys.stdout.write(made)
     else:
@@ -52,7 +56,6 @@ def report(
     It needs the runs' records alone, no model. The page loads nothing and runs
     nothing, so it can be sent around or printed.
     """
-    from expunge.comparison import Comparison
     from expunge.report.gather import gather
     from expunge.report.page import page_of
     from expunge.report.render import check_own, save_page
@@ -61,7 +64,7 @@ def report(
     gathered = gather(paths)
     for what, why in gathered.left_out:
         console.say(f"left out: {what}: {why}")
-    page = page_of(gathered, Comparison.of(gathered.records))
+    page = page_of(gathered, gathered.compared())
     written = save_page(page, out, figures)
     facts = {"out": str(out), "runs": len(gathered.sources), "left_out": len(gathered.left_out)}
     console.result(as_json, {**facts, "figures": [str(path) for path in written[1:]]})

@@ -147,7 +147,9 @@ def curves(name: str, runs: Sequence[RunRecord]) -> list[Plot]:
             )
     rewards = [_rewards(run) for run in runs]
     plots.append(
-        _over_steps(f"{name}-rewards", "reward of each episode", rewards, seeds, x="episode")
+        _over_steps(
+            f"{name}-rewards", "reward of each episode or trial", rewards, seeds, x="number"
+        )
     )
     plots += [_front(f"{name}-front-seed{run.seed}", run) for run in runs]
     return [plot for plot in plots if plot is not None]
@@ -282,9 +284,12 @@ def _looks(curve: Mapping[str, Any], at: int) -> Pairs:
 
 
 def _rewards(run: RunRecord) -> Pairs:
+    """What each episode or trial was worth; of an edit's search, each combination of settings."""
     facts = run.training.get("tradeoff")
-    told = facts.get("rewards") if isinstance(facts, dict) else None
-    return _pairs(list(enumerate(told))) if isinstance(told, list) else ()
+    told = facts.get("tried") if isinstance(facts, dict) else None
+    rows = told if isinstance(told, list) else []
+    tried = [one if isinstance(one, dict) else {} for one in rows]
+    return _pairs([(at, one.get("reward", one.get("worth"))) for at, one in enumerate(tried)])
 
 
 def _pairs(rows: Any) -> Pairs:

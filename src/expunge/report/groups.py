@@ -87,9 +87,16 @@ def slug_of(name: str) -> str:
 
 @dataclass(frozen=True)
 class Budget:
-    """What a group spent, each a mean over its runs; None where no record tells."""
+    """What a group spent; None where no record tells.
+
+    Attributes:
+        all_steps, all_looks: of all runs, and of the choice of settings before them.
+        steps, looks, train, evaluate, memory: means over the runs, the choice left out.
+    """
 
     group: Group
+    all_steps: int | None
+    all_looks: int | None
     steps: float | None
     looks: float | None
     train: float | None
@@ -102,12 +109,19 @@ def budget(group: Group) -> Budget:
     records = group.records
     return Budget(
         group,
+        _total(group, "inner_steps"),
+        _total(group, "looks"),
         _mean([finite(cell.spent.get("inner_steps")) for cell in group.cells]),
         _mean([finite(cell.spent.get("looks")) for cell in group.cells]),
         _mean([_seconds(record, without="evaluate") for record in records]),
         _mean([finite(record.timing.get("evaluate")) for record in records]),
         _mean([float(record.peak_memory_bytes) for record in records]),
     )
+
+
+def _total(group: Group, name: str) -> int | None:
+    told = name in group.row.choice or any(name in cell.spent for cell in group.cells)
+    return group.row.total(name) if told else None
 
 
 def _seconds(record: RunRecord, without: str) -> float | None:

@@ -15,12 +15,15 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from expunge.errors import DataError
 from expunge.files import write_text
 from expunge.report import palette, plot, shown
+from expunge.report.answers import answers
 from expunge.report.flips import LISTED
 from expunge.report.page import Page
 
 # By this a page is known as one that may be replaced.
 GENERATOR = "expunge report"
 _TAG = re.compile(r'<meta name="generator" content="' + GENERATOR)
+# And by this a figure.
+_FIGURE = re.compile(f"<!-- {GENERATOR} figure -->")
 
 
 def html(page: Page) -> str:
@@ -42,30 +45,35 @@ def save_page(page: Page, path: Path, figures: Path | None = None) -> list[Path]
     """Write the page, and its figures as SVG files if a folder is named; what was written.
 
     Raises:
-        DataError: there is a file of that name that is no report.
+        DataError: there is a file of one of the names that expunge did not write.
         ResourceError: a file cannot be written.
     """
+    plots = () if figures is None else page.plots
+    drawn = {Path(figures or "") / f"{figure.name}.svg": figure for figure in plots}
     check_own(path)
-    written = [path]
+    for place in drawn:
+        _check_own(place, _FIGURE, "an earlier figure", "choose another folder for --figures")
     write_text(path, html(page))
-    for figure in page.plots if figures is not None else ():
-        assert figures is not None
-        written.append(figures / f"{figure.name}.svg")
-        write_text(written[-1], svg(figure))
-    return written
+    for place, figure in drawn.items():
+        write_text(place, svg(figure))
+    return [path, *drawn]
 
 
 def check_own(path: Path) -> None:
     """Refuse to replace anything but a report."""
+    _check_own(path, _TAG, "an earlier report", "choose another -o")
+
+
+def _check_own(path: Path, known_by: re.Pattern[str], earlier: str, fix: str) -> None:
     if not path.exists():
         return
     head = "" if path.is_dir() else path.read_bytes()[:4096].decode("utf-8", "replace")
-    if not _TAG.search(head):
+    if not known_by.search(head):
         raise DataError(
             what="There is something else of that name",
             got=str(path),
-            allowed="a new name, or that of an earlier report",
-            fix="choose another -o",
+            allowed=f"a new name, or that of {earlier}",
+            fix=fix,
         )
 
 
@@ -89,7 +97,9 @@ def _environment() -> Environment:
     made.filters |= {
         "percent": shown.percent,
         "number": shown.number,
+        "count": shown.count,
         "p_value": shown.p_value,
+        "answers": answers,
         "duration": shown.duration,
         "times": shown.times,
         "heat": palette.heat_step,

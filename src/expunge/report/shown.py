@@ -60,6 +60,11 @@ def number(value: float | None, digits: int = 3) -> str:
     return f"{value:.{digits}f}" if abs(value) < 10_000 else f"{value:.3g}"
 
 
+def count(n: int | None) -> str:
+    """``9,600``; a dash where nothing was counted."""
+    return "—" if n is None else f"{n:,}"
+
+
 def p_value(p: float | None) -> str:
     """A p with three decimals; one that would round to 0 is told as smaller than that."""
     return "< 0.001" if p is not None and p < 0.001 else number(p)
