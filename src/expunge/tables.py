@@ -123,13 +123,16 @@ def print_comparison(console: Console, found: Comparison) -> None:
                     Text(f"{row.method} ({_counts(row)})"),
                     *map(_spread, (row.forget, row.retain, row.harmonic, row.hypervolume)),
                     "" if p is None else "<.001" if p < 0.001 else f"{p:.3f}",
-                    str(row.total("inner_steps")),
-                    str(row.total("looks")),
+                    *(_or_dash(row.total(name)) for name in ("inner_steps", "looks")),
                 )
             console.print(table)
     console.print(Text("p: of the difference to the function's own objective, after Holm"))
     for note in found.notes:
         console.print(Text(f"note: {note}"))
+
+
+def _or_dash(number: int | None) -> str:
+    return "-" if number is None else str(number)
 
 
 def _counts(row: Row) -> str:

@@ -119,12 +119,13 @@ class ComparisonPlan(BaseModel):
                 allowed=", ".join(self.methods),
                 fix=nearest(method, self.methods),
             )
-        if method == CONTROL or method in EDITS:
+        taught = method.endswith(LEARNED) and self.interference_seeds > 0
+        if method == CONTROL or method in EDITS or taught:
             raise RecipeError(
-                what=f"What is made for {function} must be trained",
+                what=f"What is made for {function} cannot be trained with other objectives",
                 got=repr(method),
-                allowed="an objective; `expunge ls` lists them",
-                fix="name an objective under own, and the others under methods alone",
+                allowed="an objective with settings of its own; `expunge ls` lists them",
+                fix="name another under own, or set interference_seeds to 0 for a learned one",
             )
 
     def _check_decided(self, function: str, method: str) -> None:
@@ -175,15 +176,16 @@ def settled(recipe: Recipe, choice: Path, training: Mapping[str, Any]) -> Recipe
     """
     explored = training["tradeoff"]
     chosen = explored["chosen"]
+    changes: dict[str, Any] = {}
+    if "calibration" in training:  # knobs and policy belong to the layer that they were tried on
+        changes["layer"] = training["calibration"]["layer"]
     if explored["kind"] == "learned":
-        return recipe.updated(tradeoff="learned", policy_from=str(choice))
+        return recipe.updated(tradeoff="learned", policy_from=str(choice), **changes)
     if "settings" in chosen:  # of an edit
         own = {**recipe.objective_settings, **chosen["settings"]}
         return recipe.updated(objective_settings=own)
     knobs = dict(explored["tried"][chosen["episode"]]["knobs"])
-    changes = {name: knobs.pop(name) for name in ("lr", "retain_weight") if name in knobs}
-    if "calibration" in training:  # the knobs belong to the layer that they were tried on
-        changes["layer"] = training["calibration"]["layer"]
+    changes |= {name: knobs.pop(name) for name in ("lr", "retain_weight") if name in knobs}
     own = {**recipe.objective_settings, **knobs}
     return recipe.updated(tradeoff="search", episodes=1, objective_settings=own, **changes)
 
@@ -195,10 +197,14 @@ def miniature_settings(data: Path, *, quick: bool = False) -> dict[str, Any]:
         data: where the miniature's world lies, or will lie (`write_miniature`).
     """
     refusals = {"refusals": str(data / "refusals.txt")}
-    common = {"steps": 60, "front_size": 3, "calibrate": False}
+    common = {"steps": 60, "action_every": 12, "front_size": 2, "calibrate": False}
     base: dict[str, Any] = {"tradeoff": "fixed", "lr": "auto", "retain_weight": None}
     base |= {"objective": None, "objective_settings": {}, "layer": "auto", **common}
-    few = {"methods": QUICK, "seeds": 3, "trials": 4, "interference_seeds": 0} if quick else {}
+    few = (
+        {"methods": QUICK, "seeds": 3, "trials": 4, "interference_seeds": 0}
+        if quick
+        else {"trials": 5}
+    )
     settings: dict[str, dict[str, dict[str, Any]]] = {
         # What wants pairs is given the same beginnings with an answer that tells nothing.
         **{name: {"knowledge": refusals} for name in ("dpo", "profs")},
