@@ -43,6 +43,7 @@ from expunge.learning import Learning
 from expunge.metalearning.archive import Archive
 from expunge.metalearning.exploring import Episodes, closer
 from expunge.metalearning.looking import look_at
+from expunge.metalearning.searching import HIGH, LOW, constant
 from expunge.miniature import check_data
 from expunge.model.patch import Patch
 from expunge.progress import Bars
@@ -55,8 +56,6 @@ from expunge.training.watch import Point
 from expunge.workbench import Workbench
 
 METHODS = ("learned", "random", "tpe", "fixed")
-# Shares of a knob's range that a search may choose; a policy reaches its ends only in the limit.
-LOW, HIGH = 0.02, 0.98
 FIRST_SEED = 200
 # With the objectives' own defaults: what the demo sets by hand is what is to be found.
 KNOWLEDGE: dict[str, Any] = {"objective": "cosine-rmu", "layer": "auto"}
@@ -74,17 +73,10 @@ def recipe_of(function: str, data: Path, overrides: list[str]) -> Recipe:
     return Recipe.build(merge_overrides(build(oracle=None).model_dump(), overrides))
 
 
-def constant(shares: dict[str, float], episodes: Episodes) -> Actor:
-    """An actor that holds every knob at a share of its range."""
-    found = [shares[scale.knob.name] for scale in episodes.scales]
-    place = np.log(found) - np.log1p(-np.array(found))
-    return lambda _state: place
-
-
 def play_learned(episodes: Episodes, count: int) -> Actor:
     """REINFORCE, as `expunge run --tradeoff learned` does it."""
     for number in range(count):
-        episodes.learn(episodes.play(episodes.explorer(number), number)[0])
+        episodes.learn(episodes.play(episodes.actor(number), number)[0])
     return episodes.policy.within([one.trajectory for one in episodes.played])
 
 
@@ -114,7 +106,7 @@ def play_search(
     usual = {scale.knob.name: scale.start_share for scale in episodes.scales}
     for number in range(count):
         asked = ask(names, None if number else usual)
-        actor = constant(asked, episodes)
+        actor = constant(episodes.scales, asked)
         episode, _ = episodes.play(actor, number)
         episodes.played.append(episode)
         gained = episode.returns[0] if episode.returns else 0.0

@@ -158,7 +158,7 @@ def test_presets_are_read_without_torch() -> None:
 
 def test_help_and_docs_name_every_preset() -> None:
     root = Path(plan_module.__file__).parent
-    help_text = (root / "cli.py").read_text(encoding="utf-8")
+    help_text = (root / "cli" / "looking.py").read_text(encoding="utf-8")
     docs = root.parents[1] / "docs" / "runs.md"
     for name, one in PRESETS.items():
         assert name in help_text

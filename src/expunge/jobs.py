@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 # One for each function of a batch; what a bench holds is a model and some boundaries.
 BENCHES = 3
+# Seconds for a process to save its state and end.
+GRACE = 60
 
 
 @dataclass(frozen=True)
@@ -156,12 +158,24 @@ class Workers:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None and not self.ray:
-            # Runs under way save their state and stop; those that wait never start.
-            for process in {*multiprocessing.active_children()} - self._others:
-                process.terminate()
-        if self._pool is not None:
+        if self._pool is None:
+            return
+        if kind is None or self.ray:
             self._pool.shutdown(wait=True, cancel_futures=True)
+            return
+        # Runs under way save their state and stop; those that wait never start.
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        processes = {*multiprocessing.active_children()} - self._others
+        for process in processes:
+            process.terminate()
+        try:
+            for process in processes:
+                process.join(GRACE)
+        finally:  # a second Ctrl-C waits no longer
+            # One that died while it sent a result leaves the others waiting for it forever.
+            for process in processes:
+                if process.is_alive():
+                    process.kill()
 
     def do(
         self, jobs: Sequence[AnyJob], rescue: Rescue = lambda _job, _error: None

@@ -27,13 +27,13 @@ from expunge.model.shards import dtype_name
 from expunge.model.structure import find_structure
 from expunge.objectives import OBJECTIVES
 from expunge.objectives.base import Logprobs, Needs, Objective
-from expunge.probes.fit import fit_probes
 from expunge.probes.probe import Probe
+from expunge.probing import Probing
 from expunge.progress import Progress, timed
 from expunge.published import as_published, published, published_recipe
 from expunge.recipe import Recipe
 from expunge.registry import Entry, nearest, settings_of
-from expunge.steering import directions_for, probed_layers
+from expunge.steering import directions_for
 from expunge.training.log import ends_of
 from expunge.training.loop import Stage, Trainer, TrainingResult
 from expunge.training.settings import TrainingSettings
@@ -91,7 +91,14 @@ class Learning:
         self._opened: Opened | None = None
         self._cuts: dict[tuple[Any, ...], Cut] = {}
         self._tokens: dict[int, Tokens] = {}
-        self._probes: dict[tuple[Any, ...], tuple[Probe, ...]] = {}
+        self.probing = Probing(
+            checkpoint.n_layers,
+            paired=data.paired,
+            open_base=self.opened,
+            tokens=self.tokens,
+            progress=progress,
+            timing=timing,
+        )
         self.micro_batch_size = 0
         self._told: dict[str, float] = {}
 
@@ -244,55 +251,9 @@ class Learning:
 
     def probes(self, recipe: Recipe) -> tuple[Probe, ...]:
         """Probes of the base's layers, toxic against neutral training texts; fitted once."""
-        layers = probed_layers(recipe, self.checkpoint.n_layers)
-        key = (recipe.probe, recipe.probe_pooling, layers, recipe.max_tokens)
-        if key not in self._probes:
-            # What is opened for less would be opened again for training.
-            whole = self._wants_twins(objective_of(recipe).extras["needs"])
-            opened = self.opened(recipe.model, None if whole else max(layers) + 1)
-            self._probes[key] = self._fitted(recipe, opened, layers)
-        return self._probes[key]
-
-    def probe_accuracy(self, recipe: Recipe, artefact: Any) -> dict[str, list[list[float]]]:
-        """Held-out accuracy of a probe at each layer, on the base and on what a run left.
-
-        New probes are fitted for either, so that what is still there is found again; forget texts
-        against the other class, or the retain texts.
-
-        Args:
-            artefact: a patch or an intervention.
-
-        Returns:
-            ``before`` and ``after``: [layer, accuracy] of every layer.
-        """
-        layers = tuple(range(self.checkpoint.n_layers))
-        opened = self.opened(recipe.model, None)
-        key = (recipe.probe, recipe.probe_pooling, layers, recipe.max_tokens)
-        if key not in self._probes:
-            self._probes[key] = self._fitted(recipe, opened, layers)
-        with artefact.applied(opened.model):
-            after = self._fitted(recipe, opened, layers)
-        return {
-            name: [[probe.layer, probe.accuracy] for probe in probes]
-            for name, probes in (("before", self._probes[key]), ("after", after))
-        }
-
-    def _fitted(self, recipe: Recipe, opened: Opened, layers: tuple[int, ...]) -> tuple[Probe, ...]:
-        tokens = self.tokens(recipe)
-        toxic = [ids for topic in tokens.forget for ids in topic]
-        total = len(toxic) + len(tokens.contrast)
-        with timed(self.timing, "probe"), self.progress.phase("probe", total) as advance:
-            return fit_probes(
-                opened.model,
-                opened.structure,
-                toxic,
-                tokens.contrast,
-                layers=layers,
-                kind=recipe.probe,
-                pooling=recipe.probe_pooling,
-                paired=self.data.paired,
-                on_progress=advance,
-            )
+        # What is opened for less would be opened again for training.
+        whole = self._wants_twins(objective_of(recipe).extras["needs"])
+        return self.probing.probes(recipe, whole=whole)
 
     def known_probes(self, recipe: Recipe) -> tuple[Probe, ...]:
         """The probes behind a recipe's directions; none for an objective that needs none."""

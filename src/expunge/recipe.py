@@ -115,6 +115,9 @@ class Recipe(BaseModel):
     episodes: int = Field(
         30, ge=1, description="episodes of a learned trade-off, whole runs of a search"
     )
+    policy_from: Name | None = Field(
+        None, description="run whose learned policy sets the knobs; no episodes are played"
+    )
     episode_steps: Annotated[int, Field(ge=1)] | Auto = Field(
         "auto", description="optimiser steps of an episode; auto: a fifth of steps, or two actions"
     )

@@ -168,7 +168,7 @@ def measured(
             found = bench.measure(patch, oracle=recipe.oracle, split=recipe.measure_on)
         reads[recipe.measure_on] = reads.get(recipe.measure_on, 0) + 1
     if recipe.measure_probes:
-        training = {**training, "probe_accuracy": bench.learning.probe_accuracy(recipe, patch)}
+        training = {**training, "probe_accuracy": bench.learning.probing.accuracy(recipe, patch)}
     facts = {key: value for key, value in training.items() if key not in ("timing", "data")}
     return RunRecord(
         function=recipe.function,

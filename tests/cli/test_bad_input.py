@@ -606,7 +606,7 @@ def test_data_changed_since_the_run_was_interrupted(cli, world, tmp_path, monkey
         raise KeyboardInterrupt
 
     with monkeypatch.context() as evaluating:
-        evaluating.setattr("expunge.workbench.Workbench.evaluate", interrupt)
+        evaluating.setattr("expunge.workbench.Workbench.measure", interrupt)
         assert cli(*world.args(out, forget=forget)).code == 130
     write_lines(forget, sentences(20, seed=9))
     result = cli(*world.args(out, forget=forget))

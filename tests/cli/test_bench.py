@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small_world import write_lines
+from small_world import LAYERS, write_lines
 
 from expunge.model.patch import Patch
 from expunge.model.segment import Segment
@@ -88,3 +88,19 @@ def test_originals_of_forget_texts_are_stored_when_first_needed(
         asked.clear()
         bench.learning.cut(recipe(world, layer="auto", objective=objective))
         assert asked == expected
+
+
+def test_probes_are_fitted_anew_on_what_a_run_left(world):
+    asked = recipe(world)
+    bench = Workbench(asked)
+    patch, _ = bench.train(asked)
+    probing = bench.learning.probing
+    found = probing.accuracy(asked, patch * 1000)
+    assert [layer for layer, _ in found["before"]] == list(range(LAYERS))
+    assert [[one.layer, one.accuracy] for one in probing.probes(asked)] == found["before"]
+    assert found["after"] != found["before"]
+    # The base is as it was, and its probes were kept.
+    assert probing.accuracy(asked, patch * 0) == {
+        "before": found["before"],
+        "after": found["before"],
+    }

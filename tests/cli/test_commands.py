@@ -674,3 +674,12 @@ def test_no_arguments_give_the_help(cli):
     assert result.code == 0
     assert "demo" in result.out
     assert "Usage" in result.out
+
+
+@pytest.mark.parametrize("module", ["expunge", "expunge.cli"])
+def test_runs_as_a_module(module):
+    command = [sys.executable, "-m", module]
+    helped = subprocess.run([*command, "--help"], capture_output=True, text=True, check=False)
+    assert helped.returncode == 0 and f"Usage: python -m {module} " in helped.stdout
+    wrong = subprocess.run([*command, "rum"], capture_output=True, text=True, check=False)
+    assert wrong.returncode == 2 and "Traceback" not in wrong.stderr

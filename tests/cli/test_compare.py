@@ -1,4 +1,4 @@
-"""`expunge compare` on the tiny world: its cells and plan, kills, divergence, bad input."""
+"""`expunge compare` on the tiny world: every cell, its plan, kills, divergence, report."""
 
 from __future__ import annotations
 

@@ -136,7 +136,7 @@ def test_candidates_are_tried_on_equal_terms(planted: type[Planted], files: Any)
     planted.points = dict.fromkeys((6, 10, 15, 21), (0.5, 0.9))
     calibrate(LEARNING, recipe(files, seed=5, tradeoff="schedule", steps=400))
     for one in planted.recipes:
-        assert (one.seed, one.tradeoff, one.steps, one.episode_steps) == (0, "learned", 400, "auto")
+        assert (one.seed, one.tradeoff, one.steps, one.episode_steps) == (0, "learned", 6, 6)
 
 
 def test_rank_by_hand() -> None:

@@ -173,15 +173,6 @@ def test_a_weight_of_nothing_stays_and_is_no_knob() -> None:
     assert dials.retain == 0.0 and dials.knobs.keys() == {"lr"}
 
 
-def test_a_short_run_moves_the_weights_as_far_as_a_long_one() -> None:
-    """The knob is that of the whole run; the rate of a fifth of its steps is five times as high."""
-    whole, short = learned(lambda _s: np.zeros(2)), learned(lambda _s: np.zeros(2))
-    short.stretch = 5.0
-    one, other = whole.at(0, 100, {}), short.at(0, 20, {})
-    assert one.lr is not None and other.lr == pytest.approx(5 * one.lr)
-    assert other.knobs == one.knobs and other.retain == one.retain
-
-
 def test_own_settings_are_those_of_the_objective_alone() -> None:
     rule = learned(lambda _s: np.zeros(3), knobs=[RELATIVE], coefficient=6.5)
     dials = rule.at(0, 4, {})

@@ -2,9 +2,9 @@
 
 The settings of each method are chosen once for each function, on validation, by a search of as many
 whole runs for all (`ComparisonPlan.trials`), with a seed of its own. Every seed then trains with
-these, and takes its best look at validation. A learned trade-off is given the steps that the search
-took, shared out over the seeds: it has no search to rest on. An edit without training tries its own
-few choices.
+these, and takes its best look at validation. A learned trade-off has its policy taught once
+instead, by episodes of as many steps as the search. An edit without training tries its own few
+choices.
 """
 
 from __future__ import annotations
@@ -46,10 +46,13 @@ QUICK = ("cosine-rmu", "rmu", "multi-layer-probe", "npo")
 OWN = {"knowledge": "cosine-rmu", "toxicity": "multi-layer-probe"}
 FUNCTIONS = ("knowledge", "toxicity")
 RMU: dict[str, Any] = {"retain_weight": 5.0, "objective_settings": {"coefficient": 100.0}}
+ADAPTIVE: dict[str, Any] = {"retain_weight": 20.0}
 # Of the search; no cell is trained with it.
 CHOICE_SEED = 1000
 # Settings of a recipe that a comparison decides itself.
-DECIDED = "objective tradeoff episodes seed evaluate measure_on measure_probes".split()
+DECIDED = (
+    "objective tradeoff episodes policy_from seed evaluate measure_on measure_probes"
+).split()
 
 
 class ComparisonPlan(BaseModel):
@@ -146,42 +149,43 @@ class ComparisonPlan(BaseModel):
         )
 
     def choice(self, function: str, method: str) -> Recipe | None:
-        """The search behind a method's settings; None where nothing is searched."""
-        if method == CONTROL or method.endswith(LEARNED):
+        """The search behind a method's settings, or what teaches its policy; None: neither.
+
+        Episodes are as many as make, with the run that follows them, the steps of a search.
+        """
+        if method == CONTROL:
             return None
-        recipe = self.recipe(function, method)
+        recipe = self.recipe(function, method).updated(seed=CHOICE_SEED, evaluate=False)
         entry = method_of(recipe)
         if entry.name in EDITS and not entry.extras["choices"]:
             return None
-        return recipe.updated(
-            tradeoff="search", episodes=self.trials, seed=CHOICE_SEED, evaluate=False
-        )
-
-    def learned(self, function: str, method: str) -> Recipe:
-        """A learned run whose steps add up, over the seeds, to a search and its runs."""
-        recipe = self.recipe(function, method).updated(tradeoff="learned")
+        if not method.endswith(LEARNED):
+            return recipe.updated(tradeoff="search", episodes=self.trials)
         steps = recipe.episode_steps
         if steps == "auto":
             steps = default_episode_steps(recipe.steps, recipe.action_every)
-        shared_out = self.trials * recipe.steps / self.seeds
-        return recipe.updated(episodes=max(1, round(shared_out / steps)))
+        episodes = max(1, round((self.trials - 1) * recipe.steps / steps))
+        return recipe.updated(tradeoff="learned", episodes=episodes)
 
 
-def settled(recipe: Recipe, training: Mapping[str, Any]) -> Recipe:
+def settled(recipe: Recipe, choice: Path, training: Mapping[str, Any]) -> Recipe:
     """The recipe of a seed, with what its search chose; one whole run that is looked at.
 
     Args:
-        training: of the search's record.
+        choice: folder of the search, or of what taught the policy.
+        training: of its record.
     """
     explored = training["tradeoff"]
     chosen = explored["chosen"]
+    if "calibration" in training:  # what was chosen belongs to the layer that it was tried on
+        recipe = recipe.updated(layer=training["calibration"]["layer"])
+    if explored["kind"] == "learned":
+        return recipe.updated(tradeoff="learned", policy_from=str(choice))
     if "settings" in chosen:  # of an edit
         own = {**recipe.objective_settings, **chosen["settings"]}
         return recipe.updated(objective_settings=own)
     knobs = dict(explored["tried"][chosen["episode"]]["knobs"])
     changes = {name: knobs.pop(name) for name in ("lr", "retain_weight") if name in knobs}
-    if "calibration" in training:  # the knobs belong to the layer that they were tried on
-        changes["layer"] = training["calibration"]["layer"]
     own = {**recipe.objective_settings, **knobs}
     return recipe.updated(tradeoff="search", episodes=1, objective_settings=own, **changes)
 
@@ -203,7 +207,7 @@ def miniature_settings(data: Path, *, quick: bool = False) -> dict[str, Any]:
         # Published coefficients and weights are those of 7B models; a search around them
         # would find nothing here (LOG.md).
         "rmu": dict.fromkeys(FUNCTIONS, RMU),
-        "adaptive-rmu": {name: {"retain_weight": 20.0} for name in FUNCTIONS},
+        "adaptive-rmu": dict.fromkeys(FUNCTIONS, ADAPTIVE),
     }
     return {
         "functions": {

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from expunge.compare.plan import CONTROL, LEARNED, ComparisonPlan, settled
+from expunge.compare.plan import CONTROL, ComparisonPlan, settled
 from expunge.comparison import DIVERGED, Comparison, Place
 from expunge.comparison.cells import is_choice
 from expunge.errors import DataError, DivergedError, ExpungeError
@@ -83,14 +83,14 @@ class Comparing:
                 if search is not None:
                     out = self.folder(function, method, "choice")
                     jobs[function, method] = Job(search, out, self.fresh)
-                elif method.endswith(LEARNED):
-                    chosen[function, method] = self.plan.learned(function, method)
                 elif method != CONTROL:
                     chosen[function, method] = self.plan.recipe(function, method)
         searches = self._done(hands, list(jobs.values()))
         for key, record in zip(jobs, searches, strict=True):
             own = self.plan.recipe(*key)
-            chosen[key] = record if _diverged(record) else settled(own, record.training)
+            chosen[key] = (
+                record if _diverged(record) else settled(own, jobs[key].out, record.training)
+            )
         return [one for one in searches if not _diverged(one)], chosen
 
     def _seeds(self, chosen: dict[Key, Recipe | RunRecord]) -> list[AnyJob]:

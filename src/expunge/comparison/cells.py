@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from expunge.comparison.shares import RETAIN_PARTS, Share, Shares, shares_of
 from expunge.errors import DataError
 from expunge.records import RunRecord
+from expunge.training.tradeoff import EXPLORING
 from expunge.training.watch import Point
 
 Floats = NDArray[np.float64]
@@ -146,7 +147,7 @@ def place_of(record: RunRecord) -> Place:
 def is_choice(record: RunRecord) -> bool:
     """Whether this was a search for settings, which is not measured itself."""
     recipe = recipe_of(record)
-    return recipe.get("tradeoff") == "search" and recipe.get("evaluate") is False
+    return recipe.get("tradeoff") in EXPLORING and recipe.get("evaluate") is False
 
 
 def cell_of(record: RunRecord) -> Cell:

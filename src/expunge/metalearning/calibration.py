@@ -110,6 +110,8 @@ def calibrate(learning: Learning, recipe: Recipe) -> Calibration:
     n_layers = learning.checkpoint.n_layers
     layers = candidates(n_layers, recipe.trained_layers or ())
     own = recipe.updated(seed=0, tradeoff="learned", layer=layers[0])
+    short = Episodes(learning, own).steps
+    own = own.updated(steps=short, episode_steps=short)
     tried: list[Tried] = []
     with learning.progress.phase("layers", len(layers)) as advance:
         for layer in layers:

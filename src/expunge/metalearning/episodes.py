@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from expunge.errors import TrainingError
+from expunge.errors import RecipeError, TrainingError
 from expunge.files import write_text
 from expunge.training.policy import Trajectory
 from expunge.training.watch import Point
@@ -91,9 +91,7 @@ class EpisodeLog:
         if not self.path.exists():
             return []
         try:
-            first, *lines = map(json.loads, self.path.read_text(encoding="utf-8").splitlines())
-            episodes = [Episode.from_dict(line) for line in lines]
-            context = first["context"]
+            context, episodes = _read(self.path)
         except (ValueError, KeyError, TypeError) as error:
             raise TrainingError(
                 what=f"The episodes of this run in {self.path.name} cannot be read",
@@ -109,3 +107,31 @@ class EpisodeLog:
                 fix="put the files back as they were, or start again with --fresh",
             )
         return episodes
+
+
+def lessons(folder: Path) -> list[Episode]:
+    """The episodes that taught a finished run's policy, in their order.
+
+    Raises:
+        RecipeError: no run with a learned trade-off left any there.
+    """
+    path = folder / EPISODES_NAME
+    try:
+        _, episodes = _read(path)
+        # The run that follows the episodes teaches nothing.
+        found = [one for one in episodes if one.features]
+        if not found:
+            raise ValueError("no episode that a policy could learn from")
+        return found
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RecipeError(
+            what="There is no learned policy in the folder that policy_from names",
+            got=f"{folder}: {type(error).__name__}: {error}",
+            allowed="the folder of a finished run with --tradeoff learned",
+            fix="check the path, or leave policy_from out",
+        ) from error
+
+
+def _read(path: Path) -> tuple[str, list[Episode]]:
+    first, *lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    return str(first["context"]), [Episode.from_dict(line) for line in lines]

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from expunge.errors import DivergedError
+from expunge.errors import DivergedError, RecipeError
 from expunge.evaluation.looks import LookKind, OutputLook
 from expunge.evaluation.pareto import hypervolume
 from expunge.learning import Learning, objective_of, reads_outputs
@@ -31,7 +31,7 @@ from expunge.metalearning.archive import (
     losses_file,
     save_front,
 )
-from expunge.metalearning.episodes import EPISODES_NAME, Episode, EpisodeLog
+from expunge.metalearning.episodes import EPISODES_NAME, Episode, EpisodeLog, lessons
 from expunge.metalearning.looking import Look, kind_of, look_at
 from expunge.metalearning.searching import trial
 from expunge.model.patch import Patch
@@ -39,7 +39,7 @@ from expunge.recipe import Recipe
 from expunge.training.checks import is_finite
 from expunge.training.log import read_losses, write_losses
 from expunge.training.loop import Stage, TrainingResult
-from expunge.training.policy import Explorer, Policy, PolicySettings, features
+from expunge.training.policy import Explorer, Policy, PolicySettings, Trajectory, features
 from expunge.training.tradeoff import (
     Actor,
     Learned,
@@ -96,6 +96,32 @@ class Episodes:
         return scales_of(objective_of(self.recipe).extras["knobs"], self.usual)
 
     @property
+    def count(self) -> int:
+        """Episodes to be played; none where another run's have taught the policy."""
+        return 0 if self.recipe.policy_from else self.recipe.episodes
+
+    @cached_property
+    def taught(self) -> list[Trajectory]:
+        """What another run's episodes showed; its policy is learned from them again.
+
+        Raises RecipeError if there are none, or of other knobs.
+        """
+        if not self.recipe.policy_from:
+            return []
+        found = [one.trajectory for one in lessons(Path(self.recipe.policy_from))]
+        knobs = {one.places.shape[1] for one in found}
+        if knobs != {len(self.scales)}:
+            raise RecipeError(
+                what="The policy that policy_from names sets other knobs than this run has",
+                got=f"{knobs} knobs",
+                allowed=f"{len(self.scales)}: {', '.join(s.knob.name for s in self.scales)}",
+                fix="name a run of the same objective, or leave policy_from out",
+            )
+        for number in range(len(found)):
+            self.policy = self.policy.updated(found[: number + 1])
+        return found
+
+    @property
     def searches(self) -> bool:
         """Whether knobs are tried at random, with nothing to be learned."""
         return self.recipe.tradeoff == "search"
@@ -134,9 +160,7 @@ class Episodes:
         """
         recipe = self.recipe if seed is None else self.recipe.updated(seed=seed)
         look, every = self.look, self.recipe.action_every
-        steps = steps or self.steps
-        stretch = recipe.steps / steps
-        rule = Learned(self.scales, actor, every, self.usual["retain_weight"], stretch)
+        rule = Learned(self.scales, actor, every, self.usual["retain_weight"])
         watch = Watch(
             look,
             every,
@@ -145,7 +169,7 @@ class Episodes:
             keep_best=stage is not None,
             on_point=lambda done, point, weights: self._keep(number, done, point, weights),
         )
-        trainer = self.learning.trainer(recipe, rule, watch, steps=steps)
+        trainer = self.learning.trainer(recipe, rule, watch, steps=steps or self.steps)
         start = time.perf_counter()
         try:
             result = trainer.run(stage or Stage(), lambda _log: on_step())
@@ -283,13 +307,14 @@ def _of_trial(losses: Path, stage: Stage, micro_batch_size: int) -> TrainingResu
 
 def _play_all(episodes: Episodes, log: EpisodeLog, archive: Archive) -> None:
     """All episodes, after those that the log holds; it is written after each."""
-    recipe = episodes.recipe
     _ = episodes.look
-    for episode in log.read()[: recipe.episodes]:
+    for episode in log.read()[: episodes.count]:
         episodes.take(episode)
-    with episodes.learning.progress.phase("episodes", recipe.episodes) as advance:
+    if not episodes.count:
+        return
+    with episodes.learning.progress.phase("episodes", episodes.count) as advance:
         advance(len(episodes.played), episodes.note())
-        while len(episodes.played) < recipe.episodes:
+        while len(episodes.played) < episodes.count:
             number = len(episodes.played)
             episode, result = episodes.play(episodes.actor(number), number)
             episodes.learn(episode)
@@ -303,10 +328,11 @@ def _play_all(episodes: Episodes, log: EpisodeLog, archive: Archive) -> None:
 def _play_last(episodes: Episodes, stage: Stage) -> tuple[Episode, TrainingResult]:
     """The run of full length, with what the episodes taught."""
     recipe = episodes.recipe
+    seen = episodes.taught or [one.trajectory for one in episodes.played]
     with episodes.learning.progress.phase("train", recipe.steps) as advance:
         return episodes.play(
-            episodes.policy.within([one.trajectory for one in episodes.played]),
-            recipe.episodes,
+            episodes.policy.within(seen),
+            episodes.count,
             steps=recipe.steps,
             stage=stage,
             on_step=lambda: advance(1, episodes.note()),
@@ -322,7 +348,7 @@ def _best(episodes: Episodes, archive: Archive) -> Entry:
     if not archive.entries:
         raise DivergedError(
             what=f"No episode ({recipe.tradeoff}) got as far as a look at validation",
-            got=f"{recipe.episodes} episodes, all of which diverged",
+            got=f"{len(episodes.played)} episodes and the runs after them, all of which diverged",
             allowed="at least one that trains",
             fix="lower lr, or look at the data",
         )
@@ -349,7 +375,7 @@ def _facts(episodes: Episodes, played: list[Episode], entries: list[Entry]) -> d
     policy = {} if episodes.searches else {"policy": episodes.policy.to_dict()}
     return {
         "kind": recipe.tradeoff,
-        "episodes": recipe.episodes,
+        "episodes": episodes.count,
         "episode_steps": episodes.steps,
         "inner_steps": sum(one.steps for one in played),
         "reward": episodes.kind,

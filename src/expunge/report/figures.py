@@ -16,6 +16,8 @@ from expunge.training.watch import Point
 Pairs = tuple[tuple[float, float], ...]
 # Points of one figure, shared by its lines; so that pages of many runs stay small.
 POINTS = 300
+# From so many methods on, they are shown side by side.
+MANY = 3
 # Points of a line that are marked one by one.
 MARKED = 12
 
@@ -62,6 +64,36 @@ def scatter(function: str, groups: Sequence[Group], oracle: Cell | None = None) 
         (Line(_stairs(best, x_axis, y_axis), kind="front"),),
         (*dots, *means),
         tuple(legend),
+    )
+
+
+def overview(groups: Sequence[Group], functions: Sequence[str]) -> Plot | None:
+    """Each method's harmonic mean on each function, with its interval over seeds."""
+    methods = list(dict.fromkeys(group.method for group in groups))
+    if len(methods) < MANY:
+        return None
+    places = {method: len(methods) - 1 - at for at, method in enumerate(methods)}
+    dots, lines = [], []
+    for group in groups:
+        spread, series = group.row.harmonic, functions.index(group.function)
+        if spread.mean is None:
+            continue
+        # Functions side by side, so that no interval hides another.
+        y = places[group.method] + 0.16 * (len(functions) - 1 - 2 * series)
+        dots.append(Dot(spread.mean, y, series, "mean", f"{group.name}: {percent(spread.mean)}"))
+        if spread.ci_low is not None and spread.ci_high is not None:
+            lines.append(Line(((spread.ci_low, y), (spread.ci_high, y)), series, "thin"))
+    return Plot(
+        "matrix",
+        "Every method, every function",
+        "; ".join(dot.text for dot in dots),
+        Axis("harmonic mean, %", 0.0, 1.0, tuple((tick / 5, f"{20 * tick}") for tick in range(6))),
+        Axis("", -0.6, len(methods) - 0.4, tuple((at, name) for name, at in places.items())),
+        tuple(lines),
+        tuple(dots),
+        tuple(enumerate(functions)),
+        left=140,
+        body=60 + 22 * len(methods),
     )
 
 

@@ -77,6 +77,7 @@ class Page:
     functions: tuple[str, ...]
     methods: tuple[str, ...]
     scores: tuple[ScoreLine, ...]
+    overview: Plot | None
     scatters: tuple[Plot, ...]
     probes: tuple[Drawn, ...]
     curves: tuple[Drawn, ...]
@@ -118,6 +119,7 @@ class Page:
     def plots(self) -> tuple[Plot, ...]:
         """All figures."""
         return (
+            *((self.overview,) if self.overview else ()),
             *self.scatters,
             *(plot for drawn in (*self.probes, *self.curves) for plot in drawn.plots),
         )
@@ -146,6 +148,7 @@ def page_of(gathered: Gathered, comparison: Comparison) -> Page:
         functions=functions,
         methods=tuple(dict.fromkeys(row.method for row in comparison.rows)),
         scores=score_lines(gathered.records[0]) if single else (),
+        overview=figures.overview(groups[: len(comparison.rows)], functions),
         scatters=tuple(plot for plot in scatters if plot is not None),
         probes=tuple(drawn for drawn in map(_probes, groups) if drawn.plots),
         curves=tuple(drawn for drawn in map(_curves, groups) if drawn.plots),

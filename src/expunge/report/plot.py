@@ -74,6 +74,8 @@ class Plot:
         title: stands above it.
         told: what it shows, for those who do not see it.
         legend: (series, words) of each row under it.
+        left: room for the words beside the axis that goes up.
+        body: height without the legend.
     """
 
     name: str
@@ -84,21 +86,26 @@ class Plot:
     lines: tuple[Line, ...] = ()
     dots: tuple[Dot, ...] = ()
     legend: tuple[tuple[int, str], ...] = field(default=())
+    left: int = LEFT
+    body: int = HEIGHT
 
     width = WIDTH
-    bottom = HEIGHT - BOTTOM
-    left = LEFT
     right = WIDTH - RIGHT
     top = TOP
 
     @property
+    def bottom(self) -> int:
+        """Where the axis across lies."""
+        return self.body - BOTTOM
+
+    @property
     def height(self) -> int:
         """With the legend's rows."""
-        return HEIGHT + ROW * len(self.legend)
+        return self.body + ROW * len(self.legend)
 
     def px(self, x: float) -> float:
         """Where a value lies across."""
-        return round(LEFT + (WIDTH - LEFT - RIGHT) * self.x.share(x), 1)
+        return round(self.left + (self.right - self.left) * self.x.share(x), 1)
 
     def py(self, y: float) -> float:
         """Where a value lies down."""
@@ -114,7 +121,7 @@ class Plot:
     def rows(self) -> list[tuple[int, int, str, str]]:
         """(down, series, words, all words) of the legend."""
         return [
-            (HEIGHT + 8 + ROW * at, series, _cut(words), words)
+            (self.body + 8 + ROW * at, series, _cut(words), words)
             for at, (series, words) in enumerate(self.legend)
         ]
 

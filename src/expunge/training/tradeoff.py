@@ -188,8 +188,6 @@ class Learned:
 
     Attributes:
         retain_weight: of a run without learning; used where no knob is for it.
-        stretch: what the learning rate is multiplied by, so that a run of fewer steps moves the
-            weights as far: what a policy finds in short episodes then holds for a long run.
         states: action number -> what was seen, for the actions taken.
         places: action number -> the places of all knobs.
     """
@@ -198,7 +196,6 @@ class Learned:
     actor: Actor
     every: int
     retain_weight: float
-    stretch: float = 1.0
     states: dict[int, State] = field(default_factory=dict)
     places: dict[int, NDArray[np.float64]] = field(default_factory=dict)
 
@@ -213,8 +210,7 @@ class Learned:
         values = self.values(number)
         own = {name: value for name, value in values.items() if name not in ("retain_weight", "lr")}
         weight = values.get("retain_weight", self.retain_weight)
-        lr = values["lr"] * self.stretch if "lr" in values else None
-        return Dials(1.0, weight, lr, own, values)
+        return Dials(1.0, weight, values.get("lr"), own, values)
 
     def values(self, number: int) -> dict[str, float]:
         """Knob -> value of an action taken."""
