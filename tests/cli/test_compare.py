@@ -1,4 +1,4 @@
-"""`expunge compare` on the tiny world: every cell, its plan, kills, divergence, report."""
+"""`expunge compare` on the tiny world: its cells and plan, kills, divergence, bad input."""
 
 from __future__ import annotations
 
