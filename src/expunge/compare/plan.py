@@ -50,7 +50,9 @@ ADAPTIVE: dict[str, Any] = {"retain_weight": 20.0}
 # Of the search; no cell is trained with it.
 CHOICE_SEED = 1000
 # Settings of a recipe that a comparison decides itself.
-DECIDED = "objective tradeoff episodes seed evaluate measure_on measure_probes".split()
+DECIDED = (
+    "objective tradeoff episodes policy_from seed evaluate measure_on measure_probes"
+).split()
 
 
 class ComparisonPlan(BaseModel):
@@ -176,16 +178,15 @@ def settled(recipe: Recipe, choice: Path, training: Mapping[str, Any]) -> Recipe
     """
     explored = training["tradeoff"]
     chosen = explored["chosen"]
-    changes: dict[str, Any] = {}
-    if "calibration" in training:  # knobs and policy belong to the layer that they were tried on
-        changes["layer"] = training["calibration"]["layer"]
+    if "calibration" in training:  # what was chosen belongs to the layer that it was tried on
+        recipe = recipe.updated(layer=training["calibration"]["layer"])
     if explored["kind"] == "learned":
-        return recipe.updated(tradeoff="learned", policy_from=str(choice), **changes)
+        return recipe.updated(tradeoff="learned", policy_from=str(choice))
     if "settings" in chosen:  # of an edit
         own = {**recipe.objective_settings, **chosen["settings"]}
         return recipe.updated(objective_settings=own)
     knobs = dict(explored["tried"][chosen["episode"]]["knobs"])
-    changes |= {name: knobs.pop(name) for name in ("lr", "retain_weight") if name in knobs}
+    changes = {name: knobs.pop(name) for name in ("lr", "retain_weight") if name in knobs}
     own = {**recipe.objective_settings, **knobs}
     return recipe.updated(tradeoff="search", episodes=1, objective_settings=own, **changes)
 

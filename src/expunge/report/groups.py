@@ -87,7 +87,11 @@ def slug_of(name: str) -> str:
 
 @dataclass(frozen=True)
 class Budget:
-    """What a group spent, each a mean over its runs; None where no record tells."""
+    """What a group spent, each a mean over its runs; None where no record tells.
+
+    Attributes:
+        choice: steps of the search for settings, once for all runs; 0 where there was none.
+    """
 
     group: Group
     steps: float | None
@@ -95,6 +99,7 @@ class Budget:
     train: float | None
     evaluate: float | None
     memory: float | None
+    choice: int = 0
 
 
 def budget(group: Group) -> Budget:
@@ -107,6 +112,7 @@ def budget(group: Group) -> Budget:
         _mean([_seconds(record, without="evaluate") for record in records]),
         _mean([finite(record.timing.get("evaluate")) for record in records]),
         _mean([float(record.peak_memory_bytes) for record in records]),
+        int(group.row.choice.get("inner_steps", 0)),
     )
 
 
