@@ -108,8 +108,12 @@ def print_comparison(console: Console, found: Comparison) -> None:
     console.print(Text(told, style="bold"))
     if verdict and verdict.power:
         console.print(Text(verdict.power))
-    adjusted = {(test.function, test.other): test.p_adjusted for test in found.tests}
-    for title, rows in (("", found.rows), (", several functions at once", found.interference)):
+    of_matrix = {(test.function, test.other): test.p_adjusted for test in found.tests}
+    together = {(test.function, test.own): test.p_adjusted for test in found.interference_tests}
+    for title, rows, adjusted in (
+        ("", found.rows, of_matrix),
+        (", several functions at once", found.interference, together),
+    ):
         for function in dict.fromkeys(row.function for row in rows):
             table = Table(title=f"{function}{title}, mean ± sd over n seeds", box=SIMPLE_HEAD)
             table.add_column("method (n)", no_wrap=True)

@@ -15,12 +15,11 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from expunge.demo import demo_recipe, toxicity_recipe
+from expunge.demo import demo_recipe, toxicity_recipe, write_world
 from expunge.edits import EDITS
 from expunge.errors import RecipeError
 from expunge.functions import FUNCTIONS as REGISTERED
 from expunge.learning import method_of
-from expunge.miniature import check_data
 from expunge.recipe import Recipe, merge_overrides, read_settings
 from expunge.registry import nearest, settings_of
 from expunge.training.tradeoff import default_episode_steps
@@ -234,7 +233,7 @@ def miniature_plan(
     """
     settings = merge_overrides(miniature_settings(data, quick=quick), list(overrides))
     plan = ComparisonPlan.build(settings)
-    check_data().write(data)
+    write_world(data)
     return plan
 
 
