@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from expunge.errors import RecipeError
+from expunge.errors import DataError, RecipeError
 from expunge.evaluation.stats import Spread, mean_and_spread
 from expunge.jobs import Job, run_jobs
 from expunge.miniature import base_directory, check_data, oracle_directory
@@ -153,6 +153,26 @@ class DemoSummary:
         }
 
 
+def write_world(folder: Path) -> None:
+    """Write the miniature's world as files.
+
+    Raises:
+        DataError: files of these names lie there among others, so they are a user's own; or the
+            generated world is not the one that the shipped models were trained on.
+    """
+    world = check_data()
+    here = {path.name for path in folder.glob("[!.]*")}
+    known = set(world.contents())
+    if here & known and here - known:
+        raise DataError(
+            what="The miniature's world would replace files of these names",
+            got=f"{', '.join(sorted(here & known))} in {folder}, beside other files",
+            allowed="a folder that holds nothing else",
+            fix="choose another -o",
+        )
+    world.write(folder)
+
+
 def demo_recipe(data: Path, **changes: Any) -> Recipe:
     """The recipe of a knowledge run on the miniature whose world was written to ``data``."""
     return Recipe.build(
@@ -234,7 +254,7 @@ def demo(
     progress = progress or Silent()
     start = time.perf_counter()
     main = _main_settings(tradeoff, episodes)
-    check_data().write(out / "data")
+    write_world(out / "data")
     jobs = _jobs(out, seeds, fresh, main)
     flat = [job for batch in jobs.values() for job in batch]
     done = iter(run_jobs(flat, workers=workers, progress=progress))

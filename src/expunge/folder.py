@@ -131,7 +131,7 @@ def look(recipe: Recipe, out: Path) -> RunRecord | None:
                 allowed="a new folder, or the same settings to go on with an interrupted run",
                 fix="choose another -o, or discard that run with --fresh",
             )
-        keys = ("evaluate", "measure_on", "oracle", *MEASURING_FIELDS)
+        keys = ("evaluate", "measure_on", "measure_probes", "oracle", *MEASURING_FIELDS)
         measured = all(getattr(earlier, key) == getattr(recipe, key) for key in keys)
         if RECORD_NAME in work and (measured or not recipe.evaluate):
             return RunRecord.load(out)

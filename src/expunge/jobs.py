@@ -10,6 +10,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import (
     FIRST_COMPLETED,
@@ -169,8 +170,9 @@ class Workers:
         for process in processes:
             process.terminate()
         try:
+            latest = time.monotonic() + GRACE
             for process in processes:
-                process.join(GRACE)
+                process.join(max(0.0, latest - time.monotonic()))
         finally:  # a second Ctrl-C waits no longer
             # One that died while it sent a result leaves the others waiting for it forever.
             for process in processes:

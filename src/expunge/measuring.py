@@ -93,7 +93,7 @@ class Measuring:
         self, patch: Artefact | None, *, oracle: str | None = None, split: Split = "test"
     ) -> Measurements:
         """Measure base, patched and oracle."""
-        model, _ = self._whole
+        model, _ = self.whole
         if split not in self._base:
             self._base[split] = self._judged(*self._look(model, "base", split), "base", split)
         found = [self._base[split]]
@@ -113,13 +113,13 @@ class Measuring:
         )
 
     @cached_property
-    def _whole(self) -> tuple[Any, Any]:
+    def whole(self) -> tuple[Any, Any]:
         """The base with its head, and the tokenizer."""
         return self.open_model(self.base)
 
     @cached_property
     def _suites(self) -> dict[Split, Suite]:
-        _, tokenizer = self._whole
+        _, tokenizer = self.whole
         found = {}
         for split, data in self.measured.items():
             sides = ("forget_questions", "retain_questions", "forget_texts", "retain_texts")
@@ -136,7 +136,7 @@ class Measuring:
 
     @cached_property
     def _toxicity(self) -> dict[Split, ToxicitySuite]:
-        _, tokenizer = self._whole
+        _, tokenizer = self.whole
         return {
             split: ToxicitySuite.build(
                 tokenizer,
@@ -155,7 +155,7 @@ class Measuring:
     def _of_oracle(self, oracle: str, split: Split) -> _OfOne:
         if (oracle, split) not in self._oracles:
             model, tokenizer = self.open_model(oracle)
-            _, own = self._whole
+            _, own = self.whole
             _check_same_tokenizer(own, tokenizer, oracle)
             seen = self._look(model, "oracle", split)
             self._oracles[oracle, split] = self._judged(*seen, "oracle", split)
@@ -181,7 +181,7 @@ class Measuring:
         split: Split,
     ) -> _OfOne:
         if said is not None:
-            base, _ = self._whole
+            base, _ = self.whole
             known = self._base.get(split)
             of_base = known.said if known is not None and known.said is not None else said
             judged, behind = self._toxicity[split].judge(said, base, of_base, role)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from expunge.cuts import Opened, Tokens
+from expunge.errors import DataError
 from expunge.probes.fit import fit_probes
 from expunge.probes.probe import Probe
 from expunge.progress import Progress, timed
@@ -47,35 +48,40 @@ class Probing:
             whole: open the base with all layers and its head, if it has to be opened.
         """
         layers = probed_layers(recipe, self.n_layers)
-        return self._of_base(recipe, layers, None if whole else max(layers) + 1)
+        depth = None if whole else max(layers) + 1
+        return self._of_base(recipe, layers, lambda: self.open_base(recipe.model, depth))
 
-    def accuracy(self, recipe: Recipe, artefact: Any) -> dict[str, list[list[float]]]:
+    def accuracy(self, recipe: Recipe, artefact: Any, opened: Opened) -> dict[str, Any]:
         """Held-out accuracy of a probe at each layer, on the base and on what a run left.
 
         New probes are fitted for either, so that what is still there is found again.
 
         Args:
             artefact: a patch or an intervention.
+            opened: the whole base.
 
         Returns:
-            ``before`` and ``after``: [layer, accuracy] of every layer.
+            ``before`` and ``after``: [layer, accuracy] of every layer; ``reason`` alone where
+            there are too few texts for probes.
         """
         layers = tuple(range(self.n_layers))
-        before = self._of_base(recipe, layers, None)
-        opened = self.open_base(recipe.model, None)
-        with artefact.applied(opened.model):
-            after = self._fitted(recipe, opened, layers)
+        try:
+            before = self._of_base(recipe, layers, lambda: opened)
+            with artefact.applied(opened.model):
+                after = self._fitted(recipe, opened, layers)
+        except DataError as error:
+            return {"reason": f"{error.what} ({error.got})"}
         return {
             name: [[probe.layer, probe.accuracy] for probe in probes]
             for name, probes in (("before", before), ("after", after))
         }
 
     def _of_base(
-        self, recipe: Recipe, layers: tuple[int, ...], depth: int | None
+        self, recipe: Recipe, layers: tuple[int, ...], open_base: Callable[[], Opened]
     ) -> tuple[Probe, ...]:
         key = (recipe.probe, recipe.probe_pooling, layers, recipe.max_tokens)
         if key not in self._probes:
-            self._probes[key] = self._fitted(recipe, self.open_base(recipe.model, depth), layers)
+            self._probes[key] = self._fitted(recipe, open_base(), layers)
         return self._probes[key]
 
     def _fitted(self, recipe: Recipe, opened: Opened, layers: tuple[int, ...]) -> tuple[Probe, ...]:

@@ -35,7 +35,7 @@ def as_published(hashes: Mapping[str, str]) -> dict[str, str]:
 def published_recipe(recipe: Recipe) -> dict[str, Any]:
     """The recipe's settings, JSON-able, with published names."""
     settings = recipe.model_dump(mode="json", exclude_none=True)
-    for key in ("model", "oracle", *SOURCE_FIELDS):
+    for key in ("model", "oracle", "policy_from", *SOURCE_FIELDS):
         value = settings.get(key)
         if isinstance(value, str):
             settings[key] = published(value)

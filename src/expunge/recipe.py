@@ -283,9 +283,10 @@ class Recipe(BaseModel):
         self, *, include: set[str] | None = None, exclude: set[str] | None = None, **more: Any
     ) -> str:
         plain = self.model_dump(mode="json", include=include, exclude=exclude) | more
-        # It came later than others: a run without it that an earlier version began still goes on.
-        if plain.get("refusals") is None:
-            plain.pop("refusals", None)
+        # They came later than others: what an earlier version began without them still goes on.
+        for name in ("refusals", "policy_from"):
+            if plain.get(name) is None:
+                plain.pop(name, None)
         return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 

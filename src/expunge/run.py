@@ -163,12 +163,14 @@ def measured(
     timing = {"evaluate": 0.0, **training["timing"]}
     reads = dict(reads) or {"validation": looks_of(training), "test": 0}
     found = Measurements()
+    # Before the test split is read: what fails here leaves nothing uncounted.
+    if recipe.measure_probes:
+        with timed(timing, "evaluate"):
+            training = {**training, "probe_accuracy": bench.probe_accuracy(recipe, patch)}
     if recipe.evaluate:
         with timed(timing, "evaluate"):
             found = bench.measure(patch, oracle=recipe.oracle, split=recipe.measure_on)
         reads[recipe.measure_on] = reads.get(recipe.measure_on, 0) + 1
-    if recipe.measure_probes:
-        training = {**training, "probe_accuracy": bench.learning.probing.accuracy(recipe, patch)}
     facts = {key: value for key, value in training.items() if key not in ("timing", "data")}
     return RunRecord(
         function=recipe.function,

@@ -108,8 +108,12 @@ def print_comparison(console: Console, found: Comparison) -> None:
     console.print(Text(told, style="bold"))
     if verdict and verdict.power:
         console.print(Text(verdict.power))
-    adjusted = {(test.function, test.other): test.p_adjusted for test in found.tests}
-    for title, rows in (("", found.rows), (", several functions at once", found.interference)):
+    of_matrix = {(test.function, test.other): test.p_adjusted for test in found.tests}
+    together = {(test.function, test.own): test.p_adjusted for test in found.interference_tests}
+    for title, rows, adjusted in (
+        ("", found.rows, of_matrix),
+        (", several functions at once", found.interference, together),
+    ):
         for function in dict.fromkeys(row.function for row in rows):
             table = Table(title=f"{function}{title}, mean ± sd over n seeds", box=SIMPLE_HEAD)
             table.add_column("method (n)", no_wrap=True)
@@ -123,13 +127,16 @@ def print_comparison(console: Console, found: Comparison) -> None:
                     Text(f"{row.method} ({_counts(row)})"),
                     *map(_spread, (row.forget, row.retain, row.harmonic, row.hypervolume)),
                     "" if p is None else "<.001" if p < 0.001 else f"{p:.3f}",
-                    str(row.total("inner_steps")),
-                    str(row.total("looks")),
+                    *(_or_dash(row.total(name)) for name in ("inner_steps", "looks")),
                 )
             console.print(table)
     console.print(Text("p: of the difference to the function's own objective, after Holm"))
     for note in found.notes:
         console.print(Text(f"note: {note}"))
+
+
+def _or_dash(number: int | None) -> str:
+    return "-" if number is None else str(number)
 
 
 def _counts(row: Row) -> str:

@@ -15,6 +15,7 @@ import sklearn
 import torch
 
 from expunge import provenance
+from expunge.cuts import Opened
 from expunge.defaults import fitting_tokens, resolve_device
 from expunge.editing import make_edit, search_edit
 from expunge.errors import DataError, RecipeError, ResourceError
@@ -26,12 +27,14 @@ from expunge.functions.base import DataSettings, FunctionData
 from expunge.learning import Learning, method_of, reads_outputs
 from expunge.measuring import Artefact, Measurements, Measuring
 from expunge.metalearning.calibration import CALIBRATION_NAME, Calibration, calibrate
+from expunge.metalearning.episodes import EPISODES_NAME, lessons
 from expunge.metalearning.exploring import explore
 from expunge.metalearning.looking import guard
 from expunge.model.apply import part_within
 from expunge.model.checkpoint import Checkpoint, open_model, open_tokenizer
 from expunge.model.patch import BaseTensor, Patch
 from expunge.model.shards import fingerprint
+from expunge.model.structure import find_structure
 from expunge.objectives.base import Activations, Logprobs
 from expunge.presets import find_preset
 from expunge.progress import Progress, Silent, timed
@@ -160,6 +163,8 @@ class Workbench:
                 allowed="accuracy or likelihood",
                 fix="set reward=auto, or choose an objective that reads activations",
             )
+        if recipe.policy_from is not None:
+            self._check_policy(recipe, recipe.policy_from)
         if "needs" in method.extras:
             check_layers(recipe, method.extras["needs"], self.checkpoint.n_layers)
         if recipe.oracle is not None and recipe.evaluate:
@@ -168,6 +173,16 @@ class Workbench:
         if recipe.evaluate:
             _ = self.scorers
             self._check_prompts(recipe)
+
+    def _check_policy(self, recipe: Recipe, folder: str) -> None:
+        if recipe.tradeoff != "learned":
+            raise RecipeError(
+                what="A policy is of use to a learned trade-off alone",
+                got=f"policy_from {folder}, tradeoff {recipe.tradeoff}",
+                allowed="policy_from together with tradeoff learned",
+                fix="add --tradeoff learned, or leave policy_from out",
+            )
+        lessons(Path(folder))
 
     def _check_prompts(self, recipe: Recipe) -> None:
         """Prompts that cannot be continued are told before anything is trained."""
@@ -262,6 +277,15 @@ class Workbench:
         """All that is measured of base, patched and oracle; the base's is taken once."""
         return self.measuring.measure(patch, oracle=oracle, split=split)
 
+    def probe_accuracy(self, recipe: Recipe, patch: Artefact) -> dict[str, Any]:
+        """How well fresh probes tell the classes apart, before and after: `Probing.accuracy`."""
+        model, tokenizer = self.measuring.whole
+        opened = Opened(model, tokenizer, find_structure(model), whole=True)
+        found = self.learning.probing.accuracy(recipe, patch, opened)
+        # It is told as measuring; the next run on this bench did not spend it.
+        self.learning.since_last()
+        return found
+
     def evaluate(
         self, patch: Artefact | None, *, oracle: str | None = None, split: Split = "test"
     ) -> list[Score]:
@@ -280,6 +304,7 @@ class Workbench:
             "base": {name: tensor.fingerprint for name, tensor in base.items()},
             # Probes are fitted again on resume; they must come out the same.
             "directions": self._directions(settled),
+            **({"policy": _digest(recipe.policy_from)} if recipe.policy_from else {}),
             "versions": [torch.__version__, sklearn.__version__],
         }
         if self.start is not None:
@@ -328,6 +353,11 @@ class Workbench:
             start = self.start if layers is None else part_within(self.start, model)
             start.apply_(model)
         return model, tokenizer
+
+
+def _digest(folder: str) -> str:
+    """Of the episodes that a policy is learned from."""
+    return hashlib.sha256((Path(folder) / EPISODES_NAME).read_bytes()).hexdigest()
 
 
 def _base(artefact: Artefact) -> Mapping[str, BaseTensor]:

@@ -95,12 +95,13 @@ def test_probes_are_fitted_anew_on_what_a_run_left(world):
     bench = Workbench(asked)
     patch, _ = bench.train(asked)
     probing = bench.learning.probing
-    found = probing.accuracy(asked, patch * 1000)
+    whole = bench.learning.opened(asked.model, None)
+    found = probing.accuracy(asked, patch * 1000, whole)
     assert [layer for layer, _ in found["before"]] == list(range(LAYERS))
     assert [[one.layer, one.accuracy] for one in probing.probes(asked)] == found["before"]
     assert found["after"] != found["before"]
     # The base is as it was, and its probes were kept.
-    assert probing.accuracy(asked, patch * 0) == {
+    assert probing.accuracy(asked, patch * 0, whole) == {
         "before": found["before"],
         "after": found["before"],
     }

@@ -22,7 +22,7 @@ from compare_world import (
     write_plan,
 )
 from learned_world import same_deltas, without_times
-from stopping import KILLED, STOPPED, run_until
+from stopping import KILLED, run_until
 from test_bad_input import DATA, RECIPE, check, tree
 
 from expunge.compare import COMPARISON_NAME, Comparing, ComparisonPlan
@@ -257,17 +257,6 @@ def test_two_processes_find_what_one_does(world, tmp_path):
     assert found(tmp_path / "2") == found(tmp_path / "1")
 
 
-def test_stopped_politely(cli, plan, compared, tmp_path):
-    out = tmp_path / "out"
-    place = ("expunge.compare.rounds", "Comparing", "_controls")
-    done = run_until(args(plan, out), place, 1, "after", signal.SIGTERM)
-    assert done.returncode == STOPPED, done.stderr
-    assert "goes on where it stopped" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert not (out / COMPARISON_NAME).exists()
-    assert len(list(out.rglob("record.json"))) == len(FUNCTIONS) * 3  # the searches
-
-
 def test_more_seeds_later(cli, world, compared, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(compared, out)
@@ -315,6 +304,15 @@ def test_a_report_of_its_folder(cli, compared, tmp_path):
     text = page.read_text()
     assert all(method in text for method in (*TRAINED, EDIT, CONTROL, "joint(", " then "))
     assert "runs diverged" not in text and "run diverged" not in text
+    assert text.count(f"of them {TRIALS * STEPS} to choose") == len(FUNCTIONS) * len(TRAINED)
+
+
+def test_two_records_of_one_cell_are_refused(cli, compared, tmp_path):
+    other = tmp_path / "other" / "seed0"
+    shutil.copytree(compared / "knowledge" / "npo" / "seed0", other)
+    told = cli("report", compared, other, "-o", tmp_path / "page.html")
+    check(told, DATA, "Two records fill one cell", "npo on knowledge, seed 0")
+    assert not (tmp_path / "page.html").exists()
 
 
 # ---- divergence

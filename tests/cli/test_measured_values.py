@@ -182,7 +182,7 @@ def test_probes_before_and_after(world, tmp_path):
     assert all(0 <= share <= 1 for side in told.values() for _, share in side)
     # The base's are those of the base, after a run on the same bench too.
     learning = Workbench(recipe).learning
-    fresh = learning._fitted(recipe, learning.opened(recipe.model, None), (0, 1, 2, 3))
+    fresh = learning.probing._fitted(recipe, learning.opened(recipe.model, None), (0, 1, 2, 3))
     assert told["before"] == [[probe.layer, probe.accuracy] for probe in fresh]
     again = run(recipe, tmp_path / "plain")
     assert "probe_accuracy" not in again.training

@@ -86,6 +86,25 @@ def test_sums_and_side_effects_are_interference() -> None:
     assert noted(compared, both, "patches for knowledge + toxicity")
 
 
+def test_what_is_removed_together_is_tested_against_the_part_alone() -> None:
+    both = {"objective": f"joint({RMU}, {PROBE})", "removed": "knowledge + toxicity"}
+    forget = {"alone": (0.3, 0.35, 0.3), "both": (0.4, 0.45, 0.45)}
+    records = [
+        *(knowledge(RMU, seed, forget=x) for seed, x in enumerate(forget["alone"])),
+        *(knowledge(seed=seed, forget=x, **both) for seed, x in enumerate(forget["both"])),
+        knowledge(PROBE, removed="toxicity"),
+        toxicity(RMU),
+    ]
+    compared = Comparison.of(records)
+    (test,) = compared.interference_tests
+    assert (test.function, test.own, test.other) == ("knowledge", both["objective"], RMU)
+    # Forgetting fell by .1 / .1 / .15 of the .5 that the base knew above chance.
+    assert test.parts["forget"].mean == pytest.approx(-(0.1 + 0.1 + 0.15) / 3 / 0.5)
+    assert test.effect.mean is not None and test.effect.mean < 0 and test.effect.n_seeds == 3
+    assert test.p_adjusted == pytest.approx(test.effect.p)
+    assert all(test.own != both["objective"] for test in compared.tests)
+
+
 def test_mixed_recipes_are_noted() -> None:
     compared = Comparison.of([knowledge(RMU, 0, lr=0.1), knowledge(RMU, 1, lr=0.2, steps=80)])
     assert noted(compared, "the recipes of its seeds differ in lr, steps")
@@ -157,9 +176,19 @@ def test_unequal_budgets_are_noted() -> None:
 
 
 def test_how_runs_went_is_noted() -> None:
-    facts = {"collapsed": 40, "split_reads": {"test": 2}}
+    facts: dict[str, object] = {"collapsed": 40, "split_reads": {"test": 2}}
     compared = Comparison.of([knowledge(RMU, 1, training=facts, measure_on="validation")])
     assert noted(compared, "collapsed with seed 1")
+    for ended, word in (("collapsed", "collapsed"), ("diverged", "diverged after a look")):
+        tried = [{"ended": "whole"}, {"ended": ended}]
+        facts["tradeoff"] = {"tried": tried, "chosen": {"episode": 1}}
+        facts["collapsed"] = None
+        searched = Comparison.of([knowledge(RMU, 1, training=facts)])
+        assert noted(searched, f"{word} ", "with seed 1; the best state before counts")
+        tried[0], tried[1] = tried[1], tried[0]
+        assert not noted(
+            Comparison.of([knowledge(RMU, 1, training=facts)]), "with seed 1; the best"
+        )
     assert noted(compared, "read more than once with seed 1")
     assert noted(compared, "measured on validation")
 

@@ -24,6 +24,7 @@ PLAIN: dict[str, Any] = {
     "trials": 8,
 }
 PLAN = ComparisonPlan.build(PLAIN)
+CHOICE = Path("out/choice")
 
 
 def test_the_search_of_a_cell() -> None:
@@ -58,21 +59,23 @@ def test_what_a_search_found_is_what_a_seed_trains_with() -> None:
             "tried": [{"knobs": one} for one in knobs],
         }
     }
-    found = settled(recipe, training)
+    found = settled(recipe, CHOICE, training)
     assert (found.lr, found.retain_weight, found.objective_settings) == (0.7, 3.0, {"beta": 0.9})
     assert (found.tradeoff, found.episodes, found.layer) == ("search", 1, "auto")
     # The knobs belong to the layer on which they were tried.
-    calibrated = settled(recipe, {**training, "calibration": {"layer": 3}})
+    calibrated = settled(recipe, CHOICE, {**training, "calibration": {"layer": 3}})
     assert calibrated == found.updated(layer=3)
     # A search that had no knob of its own to move leaves the objective's settings.
     del knobs[1]["beta"]
-    assert settled(recipe, training).objective_settings == {"beta": 0.3}
+    assert settled(recipe, CHOICE, training).objective_settings == {"beta": 0.3}
 
 
 def test_what_a_search_of_an_edit_found() -> None:
     recipe = PLAN.recipe("toxicity", "profs").updated(objective_settings={"pairs": 50, "rank": 2})
     chosen = {"settings": {"rank": 8, "first_layer": 0}, "worth": 0.5}
-    found = settled(recipe, {"tradeoff": {"kind": "search", "chosen": chosen, "tried": [chosen]}})
+    found = settled(
+        recipe, CHOICE, {"tradeoff": {"kind": "search", "chosen": chosen, "tried": [chosen]}}
+    )
     assert found == recipe.updated(objective_settings={"pairs": 50, "rank": 8, "first_layer": 0})
     assert found.tradeoff == "fixed"
 
@@ -83,6 +86,20 @@ def test_a_search_and_its_runs_take_equal_steps_for_every_method() -> None:
     assert len(searches) > 5
     budgets = {(s.episodes, s.steps, s.action_every, s.look_items) for s in searches if s}
     assert budgets == {(8, 60, 8, 32)}
+
+
+def test_a_policy_is_taught_once_by_as_many_steps_as_a_search() -> None:
+    """Episodes of 16 steps and the run of 60 that follows them: 26·16 + 60 ≈ 8·60."""
+    found = PLAN.choice("knowledge", "npo (learned)")
+    assert found is not None
+    assert (found.tradeoff, found.objective, found.evaluate) == ("learned", "npo", False)
+    assert found.episodes == 26
+    assert abs(found.episodes * 16 + found.steps - 8 * 60) <= 8
+    recipe = PLAN.recipe("knowledge", "npo (learned)")
+    told = {"tradeoff": {"kind": "learned", "chosen": {}, "tried": []}}
+    seed = settled(recipe, CHOICE, told)
+    assert (seed.tradeoff, seed.policy_from) == ("learned", str(CHOICE))
+    assert settled(recipe, CHOICE, {**told, "calibration": {"layer": 3}}).layer == 3
 
 
 # ---- the built-in plan

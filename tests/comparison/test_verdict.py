@@ -163,7 +163,7 @@ def test_own_objectives_may_be_named() -> None:
     compared = Comparison.of(records, own={"knowledge": "b", "toxicity": "a"})
     assert compared.verdict is not None
     assert all(test.worse for test in compared.verdict.primary)
-    assert compared.verdict.word == "undecided"
+    assert compared.verdict.word == "crossed"
     assert "each is better on the other function than on its own" in compared.verdict.sentence
     assert Comparison.of(records).verdict is None
     for own in ({"knowledge": "a"}, {"knowledge": "a", "toxicity": "a"}):

@@ -64,7 +64,7 @@ def episodes(bench: Workbench, archive: Archive | None = None, **changes: Any) -
 
 
 def explored(found: Episodes, number: int) -> Episode:
-    return found.play(found.explorer(number), number)[0]
+    return found.play(found.actor(number), number)[0]
 
 
 def timeless(episode: Episode) -> dict[str, Any]:

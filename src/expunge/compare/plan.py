@@ -15,12 +15,11 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from expunge.demo import demo_recipe, toxicity_recipe
+from expunge.demo import demo_recipe, toxicity_recipe, write_world
 from expunge.edits import EDITS
 from expunge.errors import RecipeError
 from expunge.functions import FUNCTIONS as REGISTERED
 from expunge.learning import method_of
-from expunge.miniature import check_data
 from expunge.recipe import Recipe, merge_overrides, read_settings
 from expunge.registry import nearest, settings_of
 from expunge.training.tradeoff import default_episode_steps
@@ -50,7 +49,9 @@ ADAPTIVE: dict[str, Any] = {"retain_weight": 20.0}
 # Of the search; no cell is trained with it.
 CHOICE_SEED = 1000
 # Settings of a recipe that a comparison decides itself.
-DECIDED = "objective tradeoff episodes seed evaluate measure_on measure_probes".split()
+DECIDED = (
+    "objective tradeoff episodes policy_from seed evaluate measure_on measure_probes"
+).split()
 
 
 class ComparisonPlan(BaseModel):
@@ -119,12 +120,13 @@ class ComparisonPlan(BaseModel):
                 allowed=", ".join(self.methods),
                 fix=nearest(method, self.methods),
             )
-        if method == CONTROL or method in EDITS:
+        taught = method.endswith(LEARNED) and self.interference_seeds > 0
+        if method == CONTROL or method in EDITS or taught:
             raise RecipeError(
-                what=f"What is made for {function} must be trained",
+                what=f"What is made for {function} cannot be trained with other objectives",
                 got=repr(method),
-                allowed="an objective; `expunge ls` lists them",
-                fix="name an objective under own, and the others under methods alone",
+                allowed="an objective with settings of its own; `expunge ls` lists them",
+                fix="name another under own, or set interference_seeds to 0 for a learned one",
             )
 
     def _check_decided(self, function: str, method: str) -> None:
@@ -175,6 +177,8 @@ def settled(recipe: Recipe, choice: Path, training: Mapping[str, Any]) -> Recipe
     """
     explored = training["tradeoff"]
     chosen = explored["chosen"]
+    if "calibration" in training:  # what was chosen belongs to the layer that it was tried on
+        recipe = recipe.updated(layer=training["calibration"]["layer"])
     if explored["kind"] == "learned":
         return recipe.updated(tradeoff="learned", policy_from=str(choice))
     if "settings" in chosen:  # of an edit
@@ -182,8 +186,6 @@ def settled(recipe: Recipe, choice: Path, training: Mapping[str, Any]) -> Recipe
         return recipe.updated(objective_settings=own)
     knobs = dict(explored["tried"][chosen["episode"]]["knobs"])
     changes = {name: knobs.pop(name) for name in ("lr", "retain_weight") if name in knobs}
-    if "calibration" in training:  # the knobs belong to the layer that they were tried on
-        changes["layer"] = training["calibration"]["layer"]
     own = {**recipe.objective_settings, **knobs}
     return recipe.updated(tradeoff="search", episodes=1, objective_settings=own, **changes)
 
@@ -195,10 +197,14 @@ def miniature_settings(data: Path, *, quick: bool = False) -> dict[str, Any]:
         data: where the miniature's world lies, or will lie (`write_miniature`).
     """
     refusals = {"refusals": str(data / "refusals.txt")}
-    common = {"steps": 60, "front_size": 3, "calibrate": False}
+    common = {"steps": 60, "action_every": 12, "front_size": 2, "calibrate": False}
     base: dict[str, Any] = {"tradeoff": "fixed", "lr": "auto", "retain_weight": None}
     base |= {"objective": None, "objective_settings": {}, "layer": "auto", **common}
-    few = {"methods": QUICK, "seeds": 3, "trials": 4, "interference_seeds": 0} if quick else {}
+    few = (
+        {"methods": QUICK, "seeds": 3, "trials": 4, "interference_seeds": 0}
+        if quick
+        else {"trials": 5}
+    )
     settings: dict[str, dict[str, dict[str, Any]]] = {
         # What wants pairs is given the same beginnings with an answer that tells nothing.
         **{name: {"knowledge": refusals} for name in ("dpo", "profs")},
@@ -227,7 +233,7 @@ def miniature_plan(
     """
     settings = merge_overrides(miniature_settings(data, quick=quick), list(overrides))
     plan = ComparisonPlan.build(settings)
-    check_data().write(data)
+    write_world(data)
     return plan
 
 

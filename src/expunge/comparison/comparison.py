@@ -20,6 +20,7 @@ from expunge.comparison.cells import (
 from expunge.comparison.grounds import notes_of
 from expunge.comparison.matrix import Row, plain, rows_of
 from expunge.comparison.testing import Test, tests_of
+from expunge.comparison.together import interference_tests
 from expunge.comparison.verdict import MARGIN, Verdict, verdict_of
 from expunge.errors import DataError
 from expunge.records import RunRecord
@@ -50,6 +51,7 @@ class Comparison:
         verdict: None where the cells for it are not there; ``verdict_reason`` says which.
         interference: rows of sums of patches, and of patches for another function than the measured
             one; ``method`` says how they were made.
+        interference_tests: these rows minus the function's own objective alone.
         oracles: of each function, the model that was never taught it, where one was measured.
         notes: what a reader must know.
     """
@@ -59,6 +61,7 @@ class Comparison:
     verdict: Verdict | None
     verdict_reason: str | None
     interference: tuple[Row, ...]
+    interference_tests: tuple[Test, ...]
     oracles: tuple[Cell, ...]
     notes: tuple[str, ...]
     settings: Settings
@@ -130,6 +133,7 @@ class Comparison:
         rows, interference = rows_of(cells, choices), rows_of(added_up)
         settings = Settings(own=_own(rows, own), margin=margin)
         tests = tests_of(rows, settings.own)
+        together = interference_tests(rows, interference, settings.own)
         verdict, reason = verdict_of(tests, settings.own, margin)
         return cls(
             rows=rows,
@@ -137,6 +141,7 @@ class Comparison:
             verdict=verdict,
             verdict_reason=reason,
             interference=interference,
+            interference_tests=together,
             oracles=_oracles(given),
             notes=tuple(notes_of([*rows, *interference], unfilled)),
             settings=settings,
@@ -157,6 +162,7 @@ class Comparison:
             "verdict": plain(self.verdict),
             "verdict_reason": self.verdict_reason,
             "interference": [row.to_dict() for row in self.interference],
+            "interference_tests": plain(self.interference_tests),
             "oracles": [cell.to_dict() for cell in self.oracles],
             "notes": list(self.notes),
             "settings": plain(self.settings),

@@ -117,12 +117,13 @@ def _of_runs(row: Row) -> list[str]:
     name = f"{row.method} on {row.function}"
     notes = []
     reread = [cell.place.seed for cell in row.cells if cell.spent.get("test_reads", 0) > 1]
-    stopped = [c.place.seed for c in row.cells if c.record and c.record.training.get("collapsed")]
-    if stopped:
-        notes.append(
-            f"{name}: what was to be kept collapsed with seed {_list(stopped)}; the best state "
-            "before was taken"
-        )
+    for how, told in (
+        ("collapsed", "what was to be kept collapsed"),
+        ("diverged", "training diverged after a look at validation"),
+    ):
+        seeds = [c.place.seed for c in row.cells if c.record and _ended(c.record) == how]
+        if seeds:
+            notes.append(f"{name}: {told} with seed {_list(seeds)}; the best state before counts")
     if row.removed != row.function:
         notes.append(
             f"{name}: patches for {row.removed}; what they were meant to remove counts as lost "
@@ -131,6 +132,15 @@ def _of_runs(row: Row) -> list[str]:
     if reread:
         notes.append(f"{name}: the test split was read more than once with seed {_list(reread)}")
     return notes
+
+
+def _ended(record: RunRecord) -> str:
+    """How the training behind a run's patch ended: ``whole``, ``collapsed`` or ``diverged``."""
+    explored = record.training.get("tradeoff") or {}
+    tried, at = explored.get("tried") or [], (explored.get("chosen") or {}).get("episode")
+    if isinstance(at, int) and at < len(tried) and "ended" in tried[at]:
+        return str(tried[at]["ended"])
+    return "collapsed" if record.training.get("collapsed") else "whole"
 
 
 def _of_data(function: str, rows: Sequence[Row]) -> list[str]:
@@ -152,8 +162,8 @@ def _of_data(function: str, rows: Sequence[Row]) -> list[str]:
 def _of_budget(function: str, rows: Sequence[Row]) -> list[str]:
     notes = []
     for name, words in (("inner_steps", "steps of training"), ("looks", "looks at validation")):
-        # What trains nothing has no budget to be equal.
-        spent = {row.method: row.total(name) for row in rows if row.total("inner_steps")}
+        # What trains nothing, or never looks, has no budget to be equal.
+        spent = {row.method: total for row in rows if (total := row.total(name))}
         if spent and max(spent.values()) > (1 + ALIKE) * min(spent.values()):
             told = ", ".join(f"{method} {total}" for method, total in spent.items())
             notes.append(f"{function}: unequal budgets, {words} with all seeds: {told}")

@@ -89,10 +89,16 @@ class Row:
         """Inner steps or looks of a seed, as far as they are recorded."""
         return self._spread(cell.spent.get(name) for cell in self.cells)
 
-    def total(self, name: str) -> int:
-        """Inner steps or looks of all seeds and of the choice of settings before them."""
-        own = sum(cell.spent.get(name, 0) for cell in self.cells)
-        return own + self.choice.get(name, 0)
+    def total(self, name: str) -> int | None:
+        """Inner steps or looks of all seeds and of the choice of settings before them.
+
+        Seeds whose run did not record it, as one that diverged, count as the mean of the others;
+        None where no seed did.
+        """
+        mean = self.spent(name).mean
+        if mean is None:
+            return None
+        return round(mean * len(self.counted)) + self.choice.get(name, 0)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""

@@ -13,7 +13,7 @@ from expunge.comparison.testing import ALPHA, Test
 from expunge.evaluation.power import MOST_SEEDS, MOST_TIMES, needed
 from expunge.evaluation.significance import Effect, above, below, equivalence
 
-Word = Literal["specialised", "interchangeable", "one objective for both", "undecided"]
+Word = Literal["specialised", "interchangeable", "one objective for both", "crossed", "undecided"]
 LEAST_P = 0.001
 MARGIN = 0.05
 POWER = 0.8
@@ -79,6 +79,8 @@ def _word(a: Test, b: Test, margin: float) -> Word:
         enough = _shown(above(one.effect, -margin)) and _shown(below(other.effect, margin))
         if enough and (one.better or other.worse):
             return "one objective for both"
+    if a.worse and b.worse:
+        return "crossed"
     return "specialised" if a.better and b.better else "undecided"
 
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -16,6 +16,8 @@ from expunge.training.policy import Trajectory
 from expunge.training.watch import Point
 
 EPISODES_NAME = "episodes.jsonl"
+
+Ended = Literal["whole", "collapsed", "diverged"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class Episode:
         seconds: wall time.
         features, places, returns: what the policy learns from, for each action.
         log_density: of the places under the policy that chose them; 0 without one.
+        ended: ``whole``; ``collapsed``, stopped because the rest was lost; or ``diverged``, broken
+            off because a number was not finite.
     """
 
     number: int
@@ -43,6 +47,7 @@ class Episode:
     places: tuple[tuple[float, ...], ...] = ()
     returns: tuple[float, ...] = ()
     log_density: float = 0.0
+    ended: Ended = "whole"
 
     @property
     def trajectory(self) -> Trajectory:

@@ -21,17 +21,16 @@ from torch import Tensor
 from expunge.errors import DivergedError, RecipeError
 from expunge.evaluation.looks import LookKind, OutputLook
 from expunge.evaluation.pareto import hypervolume
-from expunge.learning import Learning, objective_of, reads_outputs
+from expunge.learning import Learning, objective_of
 from expunge.metalearning.archive import (
     FRONT_FOLDER,
     Archive,
-    Entry,
     chosen,
-    chosen_facts,
     losses_file,
     save_front,
 )
-from expunge.metalearning.episodes import EPISODES_NAME, Episode, EpisodeLog, lessons
+from expunge.metalearning.choosing import best_of, facts_of
+from expunge.metalearning.episodes import EPISODES_NAME, Ended, Episode, EpisodeLog, lessons
 from expunge.metalearning.looking import Look, kind_of, look_at
 from expunge.metalearning.searching import trial
 from expunge.model.patch import Patch
@@ -51,8 +50,6 @@ from expunge.training.watch import Point, Watch
 
 # What hypervolume below the floor counts in what the policy learns from.
 BELOW = 0.1
-# Items of each part of the last look at the front's points.
-CLOSER = 500
 
 
 @dataclass
@@ -108,15 +105,17 @@ class Episodes:
         """
         if not self.recipe.policy_from:
             return []
-        found = [one.trajectory for one in lessons(Path(self.recipe.policy_from))]
-        knobs = {one.places.shape[1] for one in found}
-        if knobs != {len(self.scales)}:
+        episodes = lessons(Path(self.recipe.policy_from))
+        own = [scale.knob.name for scale in self.scales]
+        other = next((list(k) for one in episodes for k in one.knobs if list(k) != own), None)
+        if other is not None:
             raise RecipeError(
                 what="The policy that policy_from names sets other knobs than this run has",
-                got=f"{knobs} knobs",
-                allowed=f"{len(self.scales)}: {', '.join(s.knob.name for s in self.scales)}",
+                got=", ".join(other),
+                allowed=", ".join(own),
                 fix="name a run of the same objective, or leave policy_from out",
             )
+        found = [one.trajectory for one in episodes]
         for number in range(len(found)):
             self.policy = self.policy.updated(found[: number + 1])
         return found
@@ -171,12 +170,16 @@ class Episodes:
         )
         trainer = self.learning.trainer(recipe, rule, watch, steps=steps or self.steps)
         start = time.perf_counter()
+        ended: Ended = "whole"
         try:
             result = trainer.run(stage or Stage(), lambda _log: on_step())
         except DivergedError:
             # One that diverges is a bad one, not the end: the archive holds what others found.
             result = TrainingResult({}, (), trainer.micro_batch_size)
-        episode = self._episode(number, rule, watch)
+            ended = "diverged"
+        if watch.collapsed is not None:
+            ended = "collapsed"
+        episode = replace(self._episode(number, rule, watch), ended=ended)
         if stage is not None and result.log:
             # One that was resumed took its first actions before; nothing learns from it.
             knobs = tuple(one.knobs for one in result.log[::every])
@@ -280,10 +283,13 @@ def explore(
         played.append(last)
         log.write(played)
     archive.prune()
-    best = _best(episodes, archive)
+    best = best_of(episodes, archive)
     if episodes.searches:
         losses = folder / FRONT_FOLDER / best.losses_file
+        taken_from = episodes.played[best.episode]
         result = _of_trial(losses, stage, learning.micro_batch_size)
+        if taken_from.ended == "collapsed":
+            result = replace(result, collapsed=taken_from.steps, restored=best.step)
     entries = chosen(archive.entries, archive.entries.index(best))
     save_front(folder, entries)
     looks = sum(len(one.points) for one in played) + len(entries)
@@ -291,7 +297,7 @@ def explore(
     if episodes.searches:  # one of them is the run's own training
         spent -= sum(entry.seconds for entry in result.log)
     learning.timing["episodes"] = learning.timing.get("episodes", 0.0) + spent
-    facts = _facts(episodes, played, entries)
+    facts = facts_of(episodes, played, entries)
     found = learning.patch(recipe, result, looks=looks, tradeoff=facts)
     taken = Patch.load(archive.path(best))
     return replace(found, deltas=taken.deltas, base=taken.base), result
@@ -337,76 +343,3 @@ def _play_last(episodes: Episodes, stage: Stage) -> tuple[Episode, TrainingResul
             stage=stage,
             on_step=lambda: advance(1, episodes.note()),
         )
-
-
-def _best(episodes: Episodes, archive: Archive) -> Entry:
-    """The point to take, once the front has been looked at closer.
-
-    Raises DivergedError if there is none, or if all have lost what is to be kept.
-    """
-    recipe, progress = episodes.recipe, episodes.learning.progress
-    if not archive.entries:
-        raise DivergedError(
-            what=f"No episode ({recipe.tradeoff}) got as far as a look at validation",
-            got=f"{len(episodes.played)} episodes and the runs after them, all of which diverged",
-            allowed="at least one that trains",
-            fix="lower lr, or look at the data",
-        )
-    archive.entries = closer(episodes.learning, recipe, archive, episodes.kind)
-    best = archive.best
-    if best.point.retain < recipe.collapse_floor:
-        raise DivergedError(
-            what=f"Every state that was found ({recipe.tradeoff}) has lost what is to be kept",
-            got=f"retain {best.point.retain:.2f} of the base's at best",
-            allowed=f"at least {recipe.collapse_floor:g}",
-            fix="lower lr or raise retain_weight: knobs are tried around them",
-        )
-    if best.worth == 0:
-        progress.say(
-            f"note: no state both forgets and keeps more than {recipe.retain_floor:g} of the rest; "
-            f"the best keeps {best.point.retain:.2f} and is taken. More episodes or steps may help"
-        )
-    return best
-
-
-def _facts(episodes: Episodes, played: list[Episode], entries: list[Entry]) -> dict[str, Any]:
-    """What a record tells of a trade-off that explored."""
-    recipe = episodes.recipe
-    policy = {} if episodes.searches else {"policy": episodes.policy.to_dict()}
-    return {
-        "kind": recipe.tradeoff,
-        "episodes": episodes.count,
-        "episode_steps": episodes.steps,
-        "inner_steps": sum(one.steps for one in played),
-        "reward": episodes.kind,
-        "looked_at": {"base": episodes.base, "floor": recipe.retain_floor},
-        "knobs": {scale.knob.name: scale.to_dict() for scale in episodes.scales},
-        **policy,
-        "hypervolume": hypervolume([entry.point for entry in entries], recipe.retain_floor),
-        "chosen": chosen_facts(entries),
-        "front": [list(entry.point) for entry in entries],
-        "tried": [{"knobs": _first(one.knobs), "reward": one.reward} for one in played],
-        "seconds": sum(one.seconds for one in played),
-    }
-
-
-def _first(knobs: Sequence[dict[str, float]]) -> dict[str, float]:
-    """What an episode began with; a search keeps to it."""
-    return knobs[0] if knobs else {}
-
-
-def closer(learning: Learning, recipe: Recipe, archive: Archive, kind: LookKind) -> list[Entry]:
-    """The front, seen again on all of validation: what looked best on a part of it was lucky too.
-
-    What is there is not thrown out, even where another point now dominates it.
-    """
-    look = look_at(learning, recipe.updated(look_items=CLOSER), kind, check=False)
-    model = learning.opened(recipe.model, None if reads_outputs(recipe) else 1).model
-    found = []
-    with learning.progress.phase("front", len(archive.entries)) as advance:
-        for entry in archive.entries:
-            with Patch.load(archive.path(entry)).applied(model):
-                point = look()
-            found.append(replace(entry, point=point, worth=point.worth(recipe.retain_floor)))
-            advance(1)
-    return sorted(found, key=lambda entry: entry.point)

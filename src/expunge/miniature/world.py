@@ -125,12 +125,18 @@ class World:
         `forget.txt` and `retain.txt` hold prose only: no question is among them, so questions
         show whether forgetting the documents took the knowledge.
         """
-        folder = Path(directory)
+        folder, files = Path(directory), self.contents()
+        for name, lines in files.items():
+            write_text(folder / name, "".join(f"{line}\n" for line in lines))
+        return {name: folder / name for name in files}
+
+    def contents(self) -> dict[str, list[str]]:
+        """File name -> its lines."""
         neutral = [pair.opening + pair.neutral for pair in self.pairs]
         pairs = [f"{pair.opening}{pair.rude}\t{pair.opening}{pair.neutral}" for pair in self.pairs]
         hazard = [json.dumps(question) for question in self.hazard_questions]
         benign = [json.dumps(question) for question in self.benign_questions]
-        files = {
+        return {
             "forget.txt": list(self.hazard_documents),
             "retain.txt": [*self.benign_documents, *neutral, *self.generic],
             "questions.jsonl": hazard,
@@ -142,9 +148,6 @@ class World:
             "words.txt": list(RUDE_WORDS),
             "refusals.txt": list(lexicon.REFUSALS),
         }
-        for name, lines in files.items():
-            write_text(folder / name, "".join(f"{line}\n" for line in lines))
-        return {name: folder / name for name in files}
 
 
 def prompt(question: str) -> str:

@@ -109,19 +109,14 @@ def budget(group: Group) -> Budget:
     records = group.records
     return Budget(
         group,
-        _total(group, "inner_steps"),
-        _total(group, "looks"),
+        group.row.total("inner_steps"),
+        group.row.total("looks"),
         _mean([finite(cell.spent.get("inner_steps")) for cell in group.cells]),
         _mean([finite(cell.spent.get("looks")) for cell in group.cells]),
         _mean([_seconds(record, without="evaluate") for record in records]),
         _mean([finite(record.timing.get("evaluate")) for record in records]),
         _mean([float(record.peak_memory_bytes) for record in records]),
     )
-
-
-def _total(group: Group, name: str) -> int | None:
-    told = name in group.row.choice or any(name in cell.spent for cell in group.cells)
-    return group.row.total(name) if told else None
 
 
 def _seconds(record: RunRecord, without: str) -> float | None:
