@@ -51,8 +51,8 @@ def compose(
         what="sum",
         made_of={"parts": _hashes(runs)},
         collapsed={
-            run.name: origin["training"]["collapsed"]
-            for run, origin in zip(runs, origins, strict=True)
+            name: origin["training"]["collapsed"]
+            for name, origin in zip(_names(runs), origins, strict=True)
             if origin.get("training", {}).get("collapsed") is not None
         },
         function=" + ".join(str(origin.get("function")) for origin in origins),
@@ -147,4 +147,13 @@ def _measured(
 
 def _hashes(runs: Sequence[Path]) -> dict[str, str]:
     """Name of a run's folder -> hash of its patch file."""
-    return {run.name: sha256((run / PATCH_NAME).read_bytes()).hexdigest() for run in runs}
+    return {
+        name: sha256((run / PATCH_NAME).read_bytes()).hexdigest()
+        for name, run in zip(_names(runs), runs, strict=True)
+    }
+
+
+def _names(runs: Sequence[Path]) -> list[str]:
+    """Names of the folders; with those above them where two are called alike."""
+    names = [run.name for run in runs]
+    return names if len({*names}) == len(names) else ["/".join(run.parts[-3:]) for run in runs]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,16 @@ def test_one_run_alone_is_its_own_patch(world, runs, tmp_path):
     assert Patch.load(tmp_path / "out" / "patch.safetensors") == patch
     assert record.scores == bench.evaluate(patch)
     assert (record.function, record.objective) == ("knowledge", "cosine-rmu")
+
+
+def test_parts_in_folders_of_one_name_are_both_recorded(world, runs, tmp_path):
+    alike = [tmp_path / name / "seed0" for name in ("facts", "manners")]
+    for path, found in zip(alike, runs, strict=True):
+        shutil.copytree(found, path)
+    recipe = knowledge(world)
+    parts = compose(recipe, alike, tmp_path / "out", bench=Workbench(recipe)).training["parts"]
+    assert [name.split("/")[-2:] for name in parts] == [["facts", "seed0"], ["manners", "seed0"]]
+    assert len({*parts.values()}) == 2
 
 
 def test_a_finished_sum_is_not_measured_again(world, runs, tmp_path, monkeypatch):
