@@ -26,7 +26,7 @@ from rich.console import Console
 from expunge.files import write_json
 from expunge.metalearning.archive import Archive
 from expunge.metalearning.choosing import closer
-from expunge.metalearning.exploring import Episodes
+from expunge.metalearning.playing import Episodes
 from expunge.metalearning.searching import constant
 from expunge.progress import Bars
 from expunge.provenance import environment

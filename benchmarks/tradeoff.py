@@ -42,8 +42,8 @@ from expunge.files import write_json
 from expunge.learning import Learning
 from expunge.metalearning.archive import Archive
 from expunge.metalearning.choosing import closer
-from expunge.metalearning.exploring import Episodes
 from expunge.metalearning.looking import look_at
+from expunge.metalearning.playing import Episodes
 from expunge.metalearning.searching import HIGH, LOW, constant
 from expunge.miniature import check_data
 from expunge.model.patch import Patch

@@ -18,7 +18,7 @@ from expunge.errors import RecipeError, TrainingError
 from expunge.evaluation.pareto import hypervolume
 from expunge.metalearning.archive import Archive, load_front
 from expunge.metalearning.episodes import EPISODES_NAME, Episode, EpisodeLog
-from expunge.metalearning.exploring import BELOW, Episodes
+from expunge.metalearning.playing import BELOW, Episodes
 from expunge.model.patch import Patch
 from expunge.recipe import Recipe
 from expunge.training.loop import Stage

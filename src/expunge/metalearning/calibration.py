@@ -17,7 +17,7 @@ from expunge.defaults import SHALLOW, default_layer
 from expunge.evaluation.pareto import hypervolume
 from expunge.files import write_json
 from expunge.learning import Learning
-from expunge.metalearning.exploring import Episodes
+from expunge.metalearning.playing import Episodes
 from expunge.recipe import Recipe
 from expunge.training.watch import Point
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from expunge.errors import DivergedError
 from expunge.evaluation.looks import LookKind
@@ -13,11 +13,9 @@ from expunge.learning import Learning, reads_outputs
 from expunge.metalearning.archive import Archive, Entry, chosen_facts
 from expunge.metalearning.episodes import Episode
 from expunge.metalearning.looking import look_at
+from expunge.metalearning.playing import Episodes
 from expunge.model.patch import Patch
 from expunge.recipe import Recipe
-
-if TYPE_CHECKING:
-    from expunge.metalearning.exploring import Episodes
 
 # Items of each part of the last look at the front's points.
 CLOSER = 500

@@ -8,20 +8,14 @@ dominates. The test split is not read here.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
-from expunge.errors import DivergedError, RecipeError
-from expunge.evaluation.looks import LookKind, OutputLook
-from expunge.evaluation.pareto import hypervolume
-from expunge.learning import Learning, objective_of
+from expunge.learning import Learning
 from expunge.metalearning.archive import (
     FRONT_FOLDER,
     Archive,
@@ -30,230 +24,12 @@ from expunge.metalearning.archive import (
     save_front,
 )
 from expunge.metalearning.choosing import best_of, facts_of
-from expunge.metalearning.episodes import EPISODES_NAME, Ended, Episode, EpisodeLog, lessons
-from expunge.metalearning.looking import Look, kind_of, look_at
-from expunge.metalearning.searching import trial
+from expunge.metalearning.episodes import EPISODES_NAME, Episode, EpisodeLog
+from expunge.metalearning.playing import Episodes
 from expunge.model.patch import Patch
 from expunge.recipe import Recipe
-from expunge.training.checks import is_finite
 from expunge.training.log import read_losses, write_losses
 from expunge.training.loop import Stage, TrainingResult
-from expunge.training.policy import Explorer, Policy, PolicySettings, Trajectory, features
-from expunge.training.tradeoff import (
-    Actor,
-    Learned,
-    Scale,
-    default_episode_steps,
-    scales_of,
-)
-from expunge.training.watch import Point, Watch
-
-# What hypervolume below the floor counts in what the policy learns from.
-BELOW = 0.1
-
-
-@dataclass
-class Episodes:
-    """Plays episodes of one recipe on one bench.
-
-    Attributes:
-        archive: of the patches worth keeping; None: nothing is kept.
-    """
-
-    learning: Learning
-    recipe: Recipe
-    archive: Archive | None = None
-    policy_settings: PolicySettings = field(default_factory=PolicySettings)
-    played: list[Episode] = field(default_factory=list)
-
-    @property
-    def kind(self) -> LookKind:
-        """What looks measure."""
-        return kind_of(self.learning, self.recipe)
-
-    @cached_property
-    def look(self) -> Look:
-        """What is looked at; opens what it needs, so it comes before everything else."""
-        return look_at(self.learning, self.recipe, self.kind)
-
-    @property
-    def base(self) -> dict[str, float]:
-        """What looks measure of the base, part by part."""
-        return self.look.base if isinstance(self.look, OutputLook) else {}
-
-    @cached_property
-    def usual(self) -> dict[str, Any]:
-        """What a run without learning would use."""
-        _ = self.look
-        return self.learning.usual(self.recipe)
-
-    @cached_property
-    def scales(self) -> tuple[Scale, ...]:
-        """Of the knobs that may move."""
-        return scales_of(objective_of(self.recipe).extras["knobs"], self.usual)
-
-    @property
-    def count(self) -> int:
-        """Episodes to be played; none where another run's have taught the policy."""
-        return 0 if self.recipe.policy_from else self.recipe.episodes
-
-    @cached_property
-    def taught(self) -> list[Trajectory]:
-        """What another run's episodes showed; its policy is learned from them again.
-
-        Raises RecipeError if there are none, or of other knobs.
-        """
-        if not self.recipe.policy_from:
-            return []
-        episodes = lessons(Path(self.recipe.policy_from))
-        own = [scale.knob.name for scale in self.scales]
-        other = next((list(k) for one in episodes for k in one.knobs if list(k) != own), None)
-        if other is not None:
-            raise RecipeError(
-                what="The policy that policy_from names sets other knobs than this run has",
-                got=", ".join(other),
-                allowed=", ".join(own),
-                fix="name a run of the same objective, or leave policy_from out",
-            )
-        found = [one.trajectory for one in episodes]
-        for number in range(len(found)):
-            self.policy = self.policy.updated(found[: number + 1])
-        return found
-
-    @property
-    def searches(self) -> bool:
-        """Whether knobs are tried at random, with nothing to be learned."""
-        return self.recipe.tradeoff == "search"
-
-    @property
-    def steps(self) -> int:
-        """Inner steps of an episode; a search tries whole runs."""
-        given, recipe = self.recipe.episode_steps, self.recipe
-        if self.searches:
-            return recipe.steps
-        if isinstance(given, int):
-            return given
-        return default_episode_steps(recipe.steps, recipe.action_every)
-
-    @cached_property
-    def policy(self) -> Policy:
-        """At first, the policy around what a run without learning uses."""
-        return Policy.starting([scale.start for scale in self.scales], self.policy_settings)
-
-    def play(
-        self,
-        actor: Actor,
-        number: int,
-        *,
-        steps: int | None = None,
-        seed: int | None = None,
-        stage: Stage | None = None,
-        on_step: Callable[[], None] = lambda: None,
-    ) -> tuple[Episode, TrainingResult]:
-        """One episode with this actor, and its result, without weights where training broke off.
-
-        Args:
-            steps: if not those of an episode.
-            seed: of the batches and the target, if not the recipe's.
-            stage: where the state is kept, for the last run.
-        """
-        recipe = self.recipe if seed is None else self.recipe.updated(seed=seed)
-        look, every = self.look, self.recipe.action_every
-        rule = Learned(self.scales, actor, every, self.usual["retain_weight"])
-        watch = Watch(
-            look,
-            every,
-            self.recipe.collapse_floor,
-            retain_floor=self.recipe.retain_floor,
-            keep_best=stage is not None,
-            on_point=lambda done, point, weights: self._keep(number, done, point, weights),
-        )
-        trainer = self.learning.trainer(recipe, rule, watch, steps=steps or self.steps)
-        start = time.perf_counter()
-        ended: Ended = "whole"
-        try:
-            result = trainer.run(stage or Stage(), lambda _log: on_step())
-        except DivergedError:
-            # One that diverges is a bad one, not the end: the archive holds what others found.
-            result = TrainingResult({}, (), trainer.micro_batch_size)
-            ended = "diverged"
-        if watch.collapsed is not None:
-            ended = "collapsed"
-        episode = replace(self._episode(number, rule, watch), ended=ended)
-        if stage is not None and result.log:
-            # One that was resumed took its first actions before; nothing learns from it.
-            knobs = tuple(one.knobs for one in result.log[::every])
-            episode = replace(episode, knobs=knobs, features=(), places=(), returns=())
-        return replace(episode, seconds=time.perf_counter() - start), result
-
-    def take(self, episode: Episode) -> None:
-        """Take in an episode that an interrupted run had played."""
-        self.learn(episode)
-        for done, point in episode.points.items():
-            self._keep(episode.number, done, point, None)
-
-    def learn(self, episode: Episode) -> None:
-        """Update the policy by what an episode showed, and all before it."""
-        self.played.append(episode)
-        if self.searches:
-            return
-        self.policy = self.policy.updated([one.trajectory for one in self.played])
-
-    def note(self) -> str:
-        """How far the exploration is, in a few words."""
-        if self.archive is None or not self.archive.entries:
-            return ""
-        points = [entry.point for entry in self.archive.entries]
-        best = self.archive.best.point
-        whole = hypervolume(points, self.recipe.retain_floor)
-        return (
-            f"hypervolume {whole:.3f}, {len(points)} on the front, "
-            f"best: forget {best.forget:.2f}, retain {best.retain:.2f}"
-        )
-
-    def actor(self, number: int) -> Actor:
-        """That of an episode. The first keeps to the usual values, as a yardstick."""
-        if self.searches:
-            return trial(self.scales, self.recipe.seed, number)
-        generator = np.random.default_rng([self.recipe.seed, number])
-        return Explorer(self.policy, generator, quiet=number == 0)
-
-    def _keep(self, number: int, done: int, point: Point, weights: Any) -> None:
-        if self.archive is not None and (weights is None or is_finite(weights)):
-            self.archive.add(number, done, point, weights)
-
-    def _episode(self, number: int, rule: Learned, watch: Watch) -> Episode:
-        floor = self.recipe.retain_floor
-        seen = [point for _, point in sorted(watch.points.items())]
-        # What an action gained is what was not yet had when it was taken.
-        whole = self._gain(seen)
-        returns = [whole - self._gain(seen[:a]) for a in range(len(rule.places))]
-        seen_AF = np.array([features(rule.states[a]) for a in sorted(rule.places)])
-        places_AK = np.array([rule.places[a] for a in sorted(rule.places)])
-        explored = isinstance(rule.actor, Explorer)
-        return Episode(
-            number=number,
-            steps=max(watch.points, default=0),
-            knobs=tuple(rule.values(a) for a in sorted(rule.places)),
-            points=dict(watch.points),
-            reward=hypervolume(seen, floor),
-            features=_rows(seen_AF),
-            places=_rows(places_AK),
-            returns=tuple(returns),
-            log_density=self.policy.log_density(seen_AF, places_AK) if explored else 0.0,
-        )
-
-    def _gain(self, points: Sequence[Point]) -> float:
-        """Hypervolume above the floor, and a share of that above none.
-
-        Most early episodes lie below the floor, where the first is 0 for all of them.
-        """
-        floor = self.recipe.retain_floor
-        return hypervolume(points, floor) + BELOW * hypervolume(points, 0.0)
-
-
-def _rows(arrays: Any) -> tuple[tuple[float, ...], ...]:
-    return tuple(tuple(map(float, array)) for array in arrays)
 
 
 def explore(
