@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from expunge.workbench import Workbench
 
 # One for each function of a batch; what a bench holds is a model and some boundaries.
-BENCHES = 3
+BENCHES = 2
 # Seconds for a process to save its state and end.
 GRACE = 60
 
