@@ -119,13 +119,13 @@ def test_the_built_in_plan_holds_all_methods_and_writes_its_world(tmp_path: Path
 
 def test_settings_reach_into_the_built_in_plan(tmp_path: Path) -> None:
     """And what is beside them stays."""
-    overrides = ["functions.knowledge.steps=7", "settings.npo.knowledge.lr=0.5", "trials=2"]
+    overrides = ["functions.knowledge.steps=7", "settings.npo.knowledge.lr=0.5", "trials=6"]
     plan = miniature_plan(tmp_path, quick=True, overrides=overrides)
-    assert (plan.methods, plan.seeds, plan.trials) == (QUICK, 3, 2)
+    assert (plan.methods, plan.seeds, plan.trials) == (QUICK, 3, 6)
     knowledge = plan.recipe("knowledge", "rmu")
     assert (knowledge.steps, knowledge.objective_settings) == (7, {"coefficient": 100.0})
     assert knowledge.max_tokens == plan.recipe("toxicity", "rmu").max_tokens == 128
-    assert plan.recipe("toxicity", "rmu").steps == 60
+    assert plan.recipe("toxicity", "rmu").steps == 48
     assert plan.recipe("knowledge", "npo").lr == 0.5
 
 

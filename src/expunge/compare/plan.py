@@ -197,11 +197,12 @@ def miniature_settings(data: Path, *, quick: bool = False) -> dict[str, Any]:
         data: where the miniature's world lies, or will lie (`write_miniature`).
     """
     refusals = {"refusals": str(data / "refusals.txt")}
-    common = {"steps": 60, "action_every": 12, "front_size": 2, "calibrate": False}
+    common: dict[str, Any] = {"action_every": 12, "front_size": 2, "calibrate": False}
+    common["steps"] = 48 if quick else 60
     base: dict[str, Any] = {"tradeoff": "fixed", "lr": "auto", "retain_weight": None}
     base |= {"objective": None, "objective_settings": {}, "layer": "auto", **common}
     few = (
-        {"methods": QUICK, "seeds": 3, "trials": 4, "interference_seeds": 0}
+        {"methods": QUICK, "seeds": 3, "trials": 2, "interference_seeds": 0}
         if quick
         else {"trials": 5}
     )
