@@ -15,17 +15,18 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from expunge.comparison.comparison import OWN
 from expunge.demo import demo_recipe, toxicity_recipe, write_world
 from expunge.edits import EDITS
 from expunge.errors import RecipeError
 from expunge.functions import FUNCTIONS as REGISTERED
 from expunge.learning import method_of
+from expunge.model.control import CONTROL
 from expunge.recipe import Recipe, merge_overrides, read_settings
 from expunge.registry import nearest, settings_of
 from expunge.training.tradeoff import default_episode_steps
 
 LEARNED = " (learned)"
-CONTROL = "random-control"
 METHODS = (
     "cosine-rmu",
     "cosine-rmu (learned)",
@@ -42,7 +43,6 @@ METHODS = (
     CONTROL,
 )
 QUICK = ("cosine-rmu", "rmu", "multi-layer-probe", "npo")
-OWN = {"knowledge": "cosine-rmu", "toxicity": "multi-layer-probe"}
 FUNCTIONS = ("knowledge", "toxicity")
 RMU: dict[str, Any] = {"retain_weight": 5.0, "objective_settings": {"coefficient": 100.0}}
 ADAPTIVE: dict[str, Any] = {"retain_weight": 20.0}

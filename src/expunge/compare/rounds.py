@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from expunge.compare.plan import CONTROL, ComparisonPlan, settled
+from expunge.compare.plan import ComparisonPlan, settled
 from expunge.comparison import DIVERGED, Comparison, Place
 from expunge.comparison.cells import is_choice
 from expunge.errors import DataError, DivergedError, ExpungeError
@@ -22,6 +22,7 @@ from expunge.files import write_json
 from expunge.folder import RECIPE_NAME, look, make_way
 from expunge.jobs import AnyJob, Job, JointJob, SequenceJob, Workers, default_workers
 from expunge.learning import method_of
+from expunge.model.control import CONTROL
 from expunge.progress import Progress, Silent
 from expunge.recipe import Recipe
 from expunge.records import RECORD_NAME, RunRecord
