@@ -273,6 +273,22 @@ def test_more_seeds_later(cli, world, compared, tmp_path):
     assert kept.read_bytes() == before
 
 
+def test_fresh_seeds(cli, world, compared, tmp_path):
+    """They train with the settings of the same choice, which is not made again."""
+    out = tmp_path / "out"
+    shutil.copytree(compared, out)
+    choice = out / "knowledge" / "npo" / "choice" / "record.json"
+    before = choice.read_bytes()
+    small = tiny_settings(world, methods=list(TRAINED), interference_seeds=1)
+    plan = write_plan(tmp_path / "plan.yaml", small)
+    result = cli(*args(plan, out), "--set", "first_seed=2", "--set", "seeds=1", "--json")
+    assert result.code == 0, result.err
+    assert {tuple(row["seeds"]) for row in result.json["cells"]} == {(2,)}
+    assert choice.read_bytes() == before
+    assert (out / "together" / "joint" / "seed2" / "record.json").is_file()
+    assert json_of(out / "knowledge" / "npo" / "seed2" / "record.json")["seed"] == 2
+
+
 def test_other_settings_in_its_folder(cli, world, plan, compared):
     before = tree(compared)
     refused = cli(*args(plan, compared), "--set", "functions.knowledge.steps=5")
@@ -460,6 +476,8 @@ def test_a_joint_training_that_diverges(cli, world, compared, tmp_path, divergin
         ("functions.toxicity.evaluate=false", ("sets evaluate itself", "False")),
         ("seeds=0", ("seeds", "greater than or equal to 1")),
         ("seeds=many", ("seeds", "integer")),
+        ("first_seed=-1", ("first_seed", "greater than or equal to 0")),
+        ("first_seed=999", ("seeds 999 to 1000", "without 1000", "first_seed")),
     ],
 )
 def test_plans_that_cannot_be_used(cli, plan, tmp_path, change, said):

@@ -68,8 +68,14 @@ class ComparisonPlan(BaseModel):
         default_factory=dict, description="method -> function -> settings that differ"
     )
     seeds: int = Field(5, ge=1, description="runs of each cell")
+    first_seed: int = Field(0, ge=0, description="of these runs; a later one for fresh seeds")
     trials: int = Field(8, ge=1, description="whole runs behind the choice of settings")
     interference_seeds: int = Field(3, ge=0, description="seeds of two functions at once")
+
+    @property
+    def seeds_run(self) -> range:
+        """The seeds of each cell."""
+        return range(self.first_seed, self.first_seed + self.seeds)
 
     @classmethod
     def load(cls, path: Path) -> ComparisonPlan:
@@ -95,6 +101,13 @@ class ComparisonPlan(BaseModel):
 
     def check(self) -> None:
         """Raise RecipeError for a method, function or setting that is not there."""
+        if CHOICE_SEED in self.seeds_run:
+            raise RecipeError(
+                what="A cell cannot have the seed that settings are chosen with",
+                got=f"seeds {self.seeds_run[0]} to {self.seeds_run[-1]}",
+                allowed=f"seeds without {CHOICE_SEED}",
+                fix="set first_seed or seeds so that it is left out",
+            )
         for function in (*self.functions, *self.own):
             REGISTERED.get(function)
         for method, by_function in self.settings.items():

@@ -64,7 +64,7 @@ class Comparing:
             Place(method, function, seed)
             for function in self.plan.functions
             for method in self.plan.methods
-            for seed in range(self.plan.seeds)
+            for seed in self.plan.seeds_run
         ]
         found = Comparison.of(_of_cells(records), own=self.plan.own, expected=expected)
         write_json(self.out / COMPARISON_NAME, found.to_dict())
@@ -99,12 +99,12 @@ class Comparing:
             self._seed(key, recipe, seed)
             for key, recipe in chosen.items()
             if isinstance(recipe, Recipe)
-            for seed in range(self.plan.seeds)
+            for seed in self.plan.seeds_run
         ]
 
     def _seed(self, key: Key, recipe: Recipe, seed: int) -> Job:
         # Probes take their time, and tell of the objective more than of the seed.
-        seeded = recipe.updated(seed=seed, measure_probes=seed == 0)
+        seeded = recipe.updated(seed=seed, measure_probes=seed == self.plan.first_seed)
         return Job(seeded, self.folder(*key, f"seed{seed}"), self.fresh)
 
     def _unchosen(self, chosen: dict[Key, Recipe | RunRecord]) -> list[RunRecord]:
@@ -113,7 +113,7 @@ class Comparing:
             self._lost(self._seed(key, self.plan.recipe(*key), seed), str(_diverged(found)))
             for key, found in chosen.items()
             if isinstance(found, RunRecord)
-            for seed in range(self.plan.seeds)
+            for seed in self.plan.seeds_run
         ]
 
     def _all_chosen(self, chosen: dict[Key, Recipe | RunRecord]) -> bool:
@@ -124,7 +124,7 @@ class Comparing:
         alone = [
             self._seed(key, self.plan.recipe(*key), seed)
             for key in self._own().items()
-            for seed in range(self.plan.seeds)
+            for seed in self.plan.seeds_run
         ]
         made_by = {job.out: job for job in (*alone, *jobs)}
         measured = [job for job in jobs if isinstance(job, Job)]
@@ -153,7 +153,7 @@ class Comparing:
                 control_of=self.folder(function, own, f"seed{seed}"),
             )
             for function, own in self._own().items()
-            for seed in range(self.plan.seeds)
+            for seed in self.plan.seeds_run
         ]
 
     def _together(self, chosen: dict[Key, Recipe | RunRecord]) -> list[AnyJob]:
@@ -166,7 +166,7 @@ class Comparing:
             one if isinstance(one, Recipe) else self.plan.recipe(*key) for key, one in found.items()
         ]
         jobs: list[AnyJob] = []
-        for seed in range(min(self.plan.interference_seeds, self.plan.seeds)):
+        for seed in self.plan.seeds_run[: self.plan.interference_seeds]:
             seeded = [one.updated(seed=seed, tradeoff="fixed") for one in recipes]
             parts = tuple(self.folder(*key, f"seed{seed}") for key in own.items())
             there, back = (
