@@ -5,7 +5,8 @@
     python benchmarks/compare.py --plan PLAN.yaml --out results/compare_lab7m.json
 
 Times are those of an idle machine only if nothing else runs. Memory is what all processes of the
-command hold at once, shared pages counted once (USS), looked at every second. A comparison that was
+command hold at once, looked at every second; of a page that several share each is counted its
+part (PSS). A comparison that was
 interrupted goes on; its record then says so, since the time is that of the rest alone.
 """
 
@@ -34,7 +35,7 @@ def held(process: psutil.Process) -> tuple[float, float]:
             found = one.memory_full_info()
         except psutil.Error:
             continue
-        together += found.uss / MIB
+        together += found.pss / MIB
         largest = max(largest, found.rss / MIB)
     return together, largest
 

@@ -81,6 +81,21 @@ class Cut:
         for stores in self.held_back.values():
             yield from stores
 
+    @property
+    def held_bytes(self) -> int:
+        """RAM that its stores take."""
+        return sum(store.nbytes for store in self.stores() if store.storage == "ram")
+
+    @property
+    def missing(self) -> list[BoundaryStore]:
+        """Stores that are not computed yet."""
+        return [store for store in self.stores() if not store.computed]
+
+    def close(self) -> None:
+        """Forget all boundaries."""
+        for store in self.stores():
+            store.close()
+
 
 @dataclass(frozen=True)
 class Tokens:

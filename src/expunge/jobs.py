@@ -10,6 +10,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import (
@@ -152,7 +153,7 @@ class Workers:
 
             self._pool = RayPool()
         elif self.count > 1:
-            context = multiprocessing.get_context("spawn")
+            context = _context()
             self._pool = ProcessPoolExecutor(
                 self.count, mp_context=context, initializer=prepare_process
             )
@@ -283,6 +284,19 @@ _KINDS: dict[str, type[ExpungeError]] = {
 }
 
 
+def _context() -> Any:
+    """How processes begin: on Linux as copies of one that has imported all, so that they share it.
+
+    It has done nothing but import: no model, no thread of torch, no GPU. Elsewhere a copy of a
+    process is not safe with the system's own libraries.
+    """
+    if sys.platform != "linux":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["expunge.run", "expunge.compose", "expunge.interference.joint"])
+    return context
+
+
 def prepare_process() -> None:
     """Make a fresh process one of several that do jobs."""
     # The processes are the parallelism; more threads than cores make each of them wait.
@@ -350,6 +364,8 @@ def _bench(recipe: Recipe) -> Workbench:
 
     key = recipe.bench_key
     bench = _benches.pop(key, None) or Workbench(recipe)
+    for other in _benches.values():
+        other.drop_boundaries()  # the most of what a bench holds
     _benches[key] = bench  # the last in the order is the latest used
     while len(_benches) > BENCHES:
         _benches.pop(next(iter(_benches)))

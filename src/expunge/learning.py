@@ -204,25 +204,39 @@ class Learning:
         twins = self._wants_twins(needs)
         texts = recipe.texts_needed
         key = (where.trained, where.captured, twins, recipe.max_tokens, texts)
-        if key not in self._cuts:
+        limit = int(recipe.cache_gib * 2**30)
+        cut = self._cuts.pop(key, None)
+        if cut is None:
             segment = Segment(
                 opened.model, opened.structure, trained=where.trained, captured=where.captured
             )
             self.check_dtype(segment.model, segment.weights)
-            self._cuts[key] = cut_with_stores(
+            cut = cut_with_stores(
                 segment,
                 self.tokens(recipe).first(texts),
                 twins=twins,
-                limit_bytes=int(recipe.cache_gib * 2**30),
+                limit_bytes=limit,
                 spill_directory=self.spill_directory,
                 announce=self.progress.say,
             )
-        cut = self._cuts[key]
         if needs.forget_reference:
             for store in cut.forget:
                 store.add_reference()
+        self._make_room(cut, limit)
+        self._cuts[key] = cut  # the last in the order is the latest used
         self._compute(cut)
         return cut
+
+    def _make_room(self, cut: Cut, limit: int) -> None:
+        """Drop other cuts' boundaries, oldest first, until those of this one fit beside them."""
+        needed = sum(store.expected_bytes for store in cut.missing)
+        while needed and self._cuts:
+            if (
+                cut.held_bytes + needed + sum(one.held_bytes for one in self._cuts.values())
+                <= limit
+            ):
+                return
+            self._cuts.pop(next(iter(self._cuts))).close()
 
     def where(self, recipe: Recipe) -> Where:
         """The layers that a run trains and reads; fits probes for an objective that needs them."""
@@ -294,8 +308,7 @@ class Learning:
     def drop_cuts(self) -> None:
         """Drop all boundaries."""
         for cut in self._cuts.values():
-            for store in cut.stores():
-                store.close()
+            cut.close()
         self._cuts = {}
 
     def since_last(self) -> dict[str, float]:
@@ -351,7 +364,7 @@ class Learning:
                 )
 
     def _compute(self, cut: Cut) -> None:
-        missing = [store for store in cut.stores() if not store.computed]
+        missing = cut.missing
         if not missing:
             return
         total = sum(store.n_tokens for store in missing)

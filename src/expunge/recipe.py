@@ -172,7 +172,10 @@ class Recipe(BaseModel):
     device: str = Field("auto", description="cpu, cuda, cuda:1, …; auto: cuda if there is one")
     master_weights: bool = Field(True, description="float32 copies of narrower trained weights")
     cache_gib: float = Field(
-        4.0, ge=0, description="RAM for boundary activations; more goes to a mapped file"
+        4.0,
+        ge=0,
+        description="RAM for boundary activations: those of earlier runs go first, and what is "
+        "larger goes to a mapped file",
     )
     trust_remote_code: bool = Field(False, description="run Python code shipped with the model")
     evaluate: bool = Field(True, description="measure base and patched model after training")

@@ -267,6 +267,11 @@ class Workbench:
             found.save(folder / CALIBRATION_NAME, rests_on)
         return found
 
+    def drop_boundaries(self) -> None:
+        """Drop what is stored of the texts that are learned from; the models stay."""
+        if "learning" in vars(self):
+            self.learning.drop_cuts()
+
     def release_training(self) -> None:
         """Drop the truncated base and its boundaries, to make room for the whole model."""
         self.learning.release()

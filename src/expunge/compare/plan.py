@@ -212,6 +212,7 @@ def miniature_settings(data: Path, *, quick: bool = False) -> dict[str, Any]:
     refusals = {"refusals": str(data / "refusals.txt")}
     common: dict[str, Any] = {"action_every": 12, "front_size": 2, "calibrate": False}
     common["steps"] = 48 if quick else 60
+    common["cache_gib"] = 0.25  # enough for the largest cut
     base: dict[str, Any] = {"tradeoff": "fixed", "lr": "auto", "retain_weight": None}
     base |= {"objective": None, "objective_settings": {}, "layer": "auto", **common}
     few = (

@@ -88,6 +88,8 @@ def _earlier(
         sequence(recipes, out, progress=progress, bench=bench, fresh=fresh)
         return
     run(recipes[0].updated(evaluate=False), out, progress=progress, bench=bench, fresh=fresh)
+    if bench is not None:
+        bench.drop_boundaries()  # what follows has a bench of its own
 
 
 def _trained(recipes: Sequence[Recipe], before: Path, out: Path, progress: Progress) -> Patch:

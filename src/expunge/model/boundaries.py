@@ -140,6 +140,13 @@ class BoundaryStore:
         """Bytes that the stored activations take; 0 before `compute`."""
         return sum(array.nbytes for array in self._arrays)
 
+    @property
+    def expected_bytes(self) -> int:
+        """Bytes that `compute` will take, about."""
+        width = self.segment.boundary_width(reference=self.reference)
+        size = next(iter(self.segment.weights.values())).element_size()
+        return self.n_tokens * width * size
+
     def compute(self, on_progress: Callable[[int], None] = lambda _tokens: None) -> None:
         """Run the prefix over all texts; a second call does nothing.
 

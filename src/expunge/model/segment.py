@@ -155,6 +155,12 @@ class Segment:
         """Where the segment's weights are."""
         return next(iter(self.weights.values())).device
 
+    def boundary_width(self, *, reference: bool) -> int:
+        """Numbers that a boundary holds of each token, about: no model has run yet."""
+        # A projection leads back to the hidden size, mostly from a larger one.
+        hidden, inner = sorted(next(iter(self.weights.values())).shape)
+        return inner + hidden * (1 + (len(self.layers_read) if reference else 0))
+
     def boundary(self, ids_BT: Tensor, mask_BT: Tensor, *, reference: bool) -> Boundary:
         """Run the prefix, and with ``reference`` the original segment, without gradient.
 
