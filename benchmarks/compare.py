@@ -3,6 +3,9 @@
     python benchmarks/compare.py --out results/compare.json
     python benchmarks/compare.py --quick --out results/compare_quick.json
     python benchmarks/compare.py --plan PLAN.yaml --out results/compare_lab7m.json
+    python benchmarks/compare.py --set seeds=3 --work runs/three --out runs/three.json
+
+`--set` is passed on.
 
 Times are those of an idle machine only if nothing else runs. Memory is what all processes of the
 command hold at once, looked at every second; of a page that several share each is counted its
@@ -44,12 +47,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--plan", type=Path)
+    parser.add_argument("--set", action="append", default=[])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path("runs/compare"))
     given = parser.parse_args()
     command = [sys.executable, "-m", "expunge", "compare", "-o", str(given.work), "--json"]
     command += ["--quick"] if given.quick else []
     command += [str(given.plan)] if given.plan else []
+    command += [part for one in given.set for part in ("--set", one)]
     begun = (given.work / "comparison.json").exists() or any(given.work.glob("*/*/choice"))
     start = time.perf_counter()
     together, largest = 0.0, 0.0
