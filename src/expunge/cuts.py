@@ -91,6 +91,12 @@ class Cut:
         """Stores that are not computed yet."""
         return [store for store in self.stores() if not store.computed]
 
+    def limit(self, limit_bytes: int) -> None:
+        """Let all boundaries together take so much RAM, each store its share."""
+        total = sum(store.expected_bytes for store in self.stores())
+        for store in self.stores():
+            store.limit_bytes = int(limit_bytes * store.expected_bytes / total)
+
     def close(self) -> None:
         """Forget all boundaries."""
         for store in self.stores():
@@ -196,13 +202,11 @@ def cut_with_stores(
     tokens: Tokens,
     *,
     twins: bool,
-    limit_bytes: int,
     spill_directory: Path | None,
     announce: Callable[[str], None],
 ) -> Cut:
-    """The cut with its stores, not yet computed; each gets its share of the limit."""
+    """The cut with its stores, not yet computed."""
     sets = [*tokens.forget, tokens.retain, *([tokens.contrast] if twins else [])]
-    total = sum(len(ids) for texts in sets for ids in texts)
     stores = [
         BoundaryStore(
             segment,
@@ -211,7 +215,6 @@ def cut_with_stores(
             # forget texts where an objective asks for it.
             reference=texts is tokens.retain
             or (texts is tokens.contrast and segment.reads_only_logprobs),
-            limit_bytes=int(limit_bytes * sum(map(len, texts)) / total),
             spill_directory=spill_directory,
             announce=announce,
         )

@@ -293,7 +293,7 @@ def _context() -> Any:
     if sys.platform != "linux":
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["expunge.run", "expunge.compose", "expunge.interference.joint"])
+    context.set_forkserver_preload(["expunge.preloaded"])
     return context
 
 

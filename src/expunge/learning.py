@@ -215,7 +215,6 @@ class Learning:
                 segment,
                 self.tokens(recipe).first(texts),
                 twins=twins,
-                limit_bytes=limit,
                 spill_directory=self.spill_directory,
                 announce=self.progress.say,
             )
@@ -229,6 +228,7 @@ class Learning:
 
     def _make_room(self, cut: Cut, limit: int) -> None:
         """Drop other cuts' boundaries, oldest first, until those of this one fit beside them."""
+        cut.limit(limit)
         needed = sum(store.expected_bytes for store in cut.missing)
         while needed and self._cuts:
             if (
@@ -327,7 +327,8 @@ class Learning:
     def opened(self, name: str, depth: int | None) -> Opened:
         """The base's first layers, or with None all and the head; opened anew only for more."""
         if not self.has_opened(depth):
-            self._opened, self._cuts = None, {}
+            self.drop_cuts()
+            self._opened = None
             with timed(self.timing, "load"):
                 model, tokenizer = self.open_model(name, depth)
                 self._opened = Opened(model, tokenizer, find_structure(model), depth is None)

@@ -90,6 +90,51 @@ def test_originals_of_forget_texts_are_stored_when_first_needed(
         assert asked == expected
 
 
+def whole_bench(world):
+    """With all layers open: a deeper cut would open the base anew, and drop the others."""
+    bench = Workbench(recipe(world))
+    bench.learning.opened(str(world.model), None)
+    return bench
+
+
+def test_boundaries_of_earlier_runs_make_room(world):
+    """Where two cuts do not fit, the one used longest ago goes, and comes back the same."""
+    bench = whole_bench(world)
+    first = bench.learning.cut(recipe(world, layer=1))
+    held = first.held_bytes
+    assert held > 0 and first.retain.computed
+    text = first.retain.batch([0]).boundary.input_BTI.clone()
+
+    enough = recipe(world, layer=2)
+    second = bench.learning.cut(enough)
+    assert first.retain.computed and second.retain.computed
+
+    tight = 1.5 * held / 2**30
+    third = bench.learning.cut(recipe(world, layer=0, cache_gib=tight))
+    assert [one.held_bytes > 0 for one in (first, second, third)] == [False, False, True]
+    again = bench.learning.cut(recipe(world, layer=1, cache_gib=tight))
+    assert third.held_bytes == 0
+    assert torch.equal(again.retain.batch([0]).boundary.input_BTI, text)
+
+
+def test_what_is_used_again_stays(world):
+    bench = whole_bench(world)
+    cuts = [bench.learning.cut(recipe(world, layer=layer)) for layer in (1, 2)]
+    held = sum(one.held_bytes for one in cuts)
+    assert bench.learning.cut(recipe(world, layer=1)) is cuts[0]
+    bench.learning.cut(recipe(world, layer=0, cache_gib=1.1 * held / 2**30))
+    assert [one.held_bytes > 0 for one in cuts] == [True, False]
+
+
+def test_boundaries_can_be_dropped(world):
+    bench = Workbench(recipe(world))
+    bench.drop_boundaries()  # nothing yet, and nothing is opened for it
+    assert "learning" not in vars(bench)
+    cut = bench.learning.cut(recipe(world))
+    bench.drop_boundaries()
+    assert cut.held_bytes == 0
+
+
 def test_probes_are_fitted_anew_on_what_a_run_left(world):
     asked = recipe(world)
     bench = Workbench(asked)

@@ -57,7 +57,9 @@ def test_what_is_stored_is_counted(segment: Segment) -> None:
     tokens = sum(map(len, tiny.texts(9)))
     # Per token: the projection's input (48), the residual and one reference (32 each), 4 bytes.
     assert made.n_tokens == tokens
-    assert made.nbytes == tokens * (48 + 32 + 32) * 4
+    assert made.nbytes == made.expected_bytes == tokens * (48 + 32 + 32) * 4
+    bare = BoundaryStore(segment, tiny.texts(9), reference=False)
+    assert (bare.nbytes, bare.expected_bytes) == (0, tokens * (48 + 32) * 4)
 
 
 def test_a_limit_that_is_just_enough_stays_in_ram(segment: Segment) -> None:

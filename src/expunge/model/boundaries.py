@@ -211,7 +211,8 @@ class BoundaryStore:
         tensors = boundary.tensors()
         if not self._arrays:
             self._allocate(tensors)
-            self._template = boundary.map(lambda tensor: tensor[:0])
+            # A copy: a view of nothing would keep all of the group.
+            self._template = boundary.map(lambda tensor: tensor[:0].clone())
         for row, index in enumerate(indices):
             length = len(self.texts[index])
             for array, tensor_BTX in zip(self._arrays, tensors, strict=True):
