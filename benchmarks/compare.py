@@ -8,9 +8,9 @@
 `--set` is passed on.
 
 Times are those of an idle machine only if nothing else runs. Memory is what all processes of the
-command hold at once, looked at every second; of a page that several share each is counted its
-part (PSS). A comparison that was
-interrupted goes on; its record then says so, since the time is that of the rest alone.
+command hold at once, looked at every second, shared pages counted once (PSS; where the system does
+not tell it, USS, without them). A comparison that was interrupted goes on; its record then says so,
+since the time is that of the rest alone.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def held(process: psutil.Process) -> tuple[float, float]:
             found = one.memory_full_info()
         except psutil.Error:
             continue
-        together += found.pss / MIB
+        together += getattr(found, "pss", found.uss) / MIB
         largest = max(largest, found.rss / MIB)
     return together, largest
 
@@ -75,7 +75,11 @@ def main() -> None:
         {
             "seconds": seconds,
             "went_on": begun,
-            "memory_mib": {"together": together, "largest_process": largest},
+            "memory_mib": {
+                "together": together,
+                "measure": "PSS" if sys.platform == "linux" else "USS",
+                "largest_process": largest,
+            },
             "comparison": json.loads(raw),
             "environment": environment(),
         },

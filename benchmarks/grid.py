@@ -12,18 +12,16 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import multiprocessing
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from expunge.files import write_json
+from expunge.jobs import process_pool
 from expunge.metalearning.archive import Archive
 from expunge.metalearning.choosing import closer
 from expunge.metalearning.playing import Episodes
@@ -69,7 +67,6 @@ def fixed_cell(bench: Workbench, recipe: Recipe, rate: float, weight: float) -> 
 def work(recipe: Recipe, place: tuple[float, float] | None, out: Path) -> dict[str, Any]:
     """A cell in its own process; without a place, the learned one."""
     if not out.exists():
-        torch.set_num_threads(1)
         bench = _benches.setdefault(recipe.bench_key, Workbench(recipe))
         settled, _ = bench.settled(recipe)
         made = cell(bench, settled, "learned") if place is None else None
@@ -91,9 +88,8 @@ def main() -> None:
     recipe = recipe.updated(seed=given.seed, tradeoff="learned")
     folder = given.work / recipe.fingerprint[:12]
     places = [None, *itertools.product(RATES, WEIGHTS)]
-    context = multiprocessing.get_context("spawn")
     with (
-        ProcessPoolExecutor(given.workers, mp_context=context) as pool,
+        process_pool(given.workers) as pool,
         Bars(Console(stderr=True)).phase("cells", len(places)) as advance,
     ):
         futures = [

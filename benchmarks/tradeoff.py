@@ -19,18 +19,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from rich.console import Console
 from rich.table import Table
 from scipy.stats import bootstrap, wilcoxon
@@ -39,6 +36,7 @@ from expunge.demo import demo_recipe, toxicity_recipe
 from expunge.evaluation.looks import OutputLook
 from expunge.evaluation.pareto import hypervolume
 from expunge.files import write_json
+from expunge.jobs import process_pool
 from expunge.learning import Learning
 from expunge.metalearning.archive import Archive
 from expunge.metalearning.choosing import closer
@@ -222,7 +220,6 @@ _benches: dict[str, Workbench] = {}
 def work(recipe: Recipe, method: str, out: Path) -> dict[str, Any]:
     """A cell in its own process; the bench is kept for the next."""
     if not out.exists():
-        torch.set_num_threads(1)
         bench = _benches.setdefault(recipe.bench_key, Workbench(recipe))
         settled, _ = bench.settled(recipe)
         write_json(out, cell(bench, settled, method))
@@ -265,9 +262,8 @@ def main() -> None:
     ]
     folder = given.work / given.function
     progress = Bars(Console(stderr=True))
-    context = multiprocessing.get_context("spawn")
     with (
-        ProcessPoolExecutor(given.workers, mp_context=context) as pool,
+        process_pool(given.workers) as pool,
         progress.phase("cells", len(tasks)) as advance,
     ):
         futures = [

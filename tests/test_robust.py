@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
+import sys
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
@@ -121,6 +123,18 @@ def test_plugin_that_fails_is_named_only_where_it_is_missed(monkeypatch) -> None
     assert things.get("ours").part == 1
     with pytest.raises(RecipeError, match="plugin theirs failed: ModuleNotFoundError"):
         things.get("theirs")
+
+
+def _state_of_process() -> tuple[bool, int, int]:
+    loaded = {"expunge.run", "expunge.compose", "expunge.interference.joint"} <= {*sys.modules}
+    return loaded, gc.get_freeze_count(), torch.get_num_threads()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes share nothing elsewhere")
+def test_processes_begin_with_all_that_a_run_imports() -> None:
+    with module.process_pool(1) as pool:
+        loaded, frozen, threads = pool.submit(_state_of_process).result()
+    assert loaded and frozen > 0 and threads == 1
 
 
 def _die(_job: Job) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -91,16 +91,53 @@ class Cut:
         """Stores that are not computed yet."""
         return [store for store in self.stores() if not store.computed]
 
-    def limit(self, limit_bytes: int) -> None:
-        """Let all boundaries together take so much RAM, each store its share."""
-        total = sum(store.expected_bytes for store in self.stores())
+    def limit(self, limit_bytes: int) -> int:
+        """Let boundaries take so much RAM, store by store; the others go to files.
+
+        Returns the bytes of RAM that they take once all are computed, about.
+        """
+        left = limit_bytes
         for store in self.stores():
-            store.limit_bytes = int(limit_bytes * store.expected_bytes / total)
+            store.limit_bytes = left
+            if store.expected_bytes <= left:
+                left -= store.expected_bytes
+        return limit_bytes - left
 
     def close(self) -> None:
         """Forget all boundaries."""
         for store in self.stores():
             store.close()
+
+
+class Cuts:
+    """The cuts of one opened base; the RAM that their boundaries take together is limited."""
+
+    def __init__(self) -> None:
+        self._by_key: dict[Hashable, Cut] = {}
+
+    def take(self, key: Hashable) -> Cut | None:
+        """The cut that was kept for a key, to be kept again."""
+        return self._by_key.pop(key, None)
+
+    def keep(self, key: Hashable, cut: Cut, limit_bytes: int) -> None:
+        """Keep a cut, its boundaries computed or not; those used longest ago make room for it.
+
+        A cut that is dropped keeps its boundaries as long as anyone works with it.
+        """
+        left = limit_bytes - cut.limit(limit_bytes)
+        for other in reversed([*self._by_key]):  # the latest used first
+            held = self._by_key[other].held_bytes
+            if held > left:
+                del self._by_key[other]
+            else:
+                left -= held
+        self._by_key[key] = cut
+
+    def close(self) -> None:
+        """Forget all boundaries of all cuts."""
+        for cut in self._by_key.values():
+            cut.close()
+        self._by_key = {}
 
 
 @dataclass(frozen=True)

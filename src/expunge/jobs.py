@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import (
@@ -153,10 +154,7 @@ class Workers:
 
             self._pool = RayPool()
         elif self.count > 1:
-            context = _context()
-            self._pool = ProcessPoolExecutor(
-                self.count, mp_context=context, initializer=prepare_process
-            )
+            self._pool = process_pool(self.count)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -284,17 +282,18 @@ _KINDS: dict[str, type[ExpungeError]] = {
 }
 
 
-def _context() -> Any:
-    """How processes begin: on Linux as copies of one that has imported all, so that they share it.
+def process_pool(count: int) -> ProcessPoolExecutor:
+    """Processes for work of a thread each, that end with this one, whatever ends it.
 
-    It has done nothing but import: no model, no thread of torch, no GPU. Elsewhere a copy of a
-    process is not safe with the system's own libraries.
+    On Linux they are copies of one that has imported all and done nothing, so that they share it;
+    it keeps the environment variables of its start. Elsewhere copies are not safe with the
+    system's own libraries.
     """
-    if sys.platform != "linux":
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["expunge.preloaded"])
-    return context
+    context: Any = multiprocessing.get_context("spawn")
+    if sys.platform == "linux":
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["expunge.preloaded"])
+    return ProcessPoolExecutor(count, mp_context=context, initializer=prepare_process)
 
 
 def prepare_process() -> None:
@@ -304,6 +303,21 @@ def prepare_process() -> None:
     # Ctrl-C reaches all processes of a terminal; here the parent decides, and says so by SIGTERM.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _interrupt)
+    # A parent that is killed cannot say so: without it, jobs would go on and processes stay.
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: Any) -> None:
+    """End this process when its parent is gone; what it does is stopped and saved before."""
+    parent.join()
+    if hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+        latest = time.monotonic() + GRACE
+        while _busy and time.monotonic() < latest:
+            time.sleep(0.1)
+    # Idle, it would wait for its next job forever: it holds both ends of the queue itself.
+    os._exit(1)
 
 
 def _interrupt(_signal: int, _frame: Any) -> None:

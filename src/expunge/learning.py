@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expunge.cuts import Cut, Opened, Tokens, Where, cut_with_stores, depth_of, unpaired
+from expunge.cuts import Cut, Cuts, Opened, Tokens, Where, cut_with_stores, depth_of, unpaired
 from expunge.defaults import SHALLOW, check_trained, default_lr, resolve_layers
 from expunge.edits import EDITS
 from expunge.errors import RecipeError
@@ -89,7 +89,7 @@ class Learning:
         self.progress, self.timing = progress, timing
         self.spill_directory = spill_directory
         self._opened: Opened | None = None
-        self._cuts: dict[tuple[Any, ...], Cut] = {}
+        self._cuts = Cuts()
         self._tokens: dict[int, Tokens] = {}
         self.probing = Probing(
             checkpoint.n_layers,
@@ -204,8 +204,7 @@ class Learning:
         twins = self._wants_twins(needs)
         texts = recipe.texts_needed
         key = (where.trained, where.captured, twins, recipe.max_tokens, texts)
-        limit = int(recipe.cache_gib * 2**30)
-        cut = self._cuts.pop(key, None)
+        cut = self._cuts.take(key)
         if cut is None:
             segment = Segment(
                 opened.model, opened.structure, trained=where.trained, captured=where.captured
@@ -221,22 +220,9 @@ class Learning:
         if needs.forget_reference:
             for store in cut.forget:
                 store.add_reference()
-        self._make_room(cut, limit)
-        self._cuts[key] = cut  # the last in the order is the latest used
+        self._cuts.keep(key, cut, int(recipe.cache_gib * 2**30))
         self._compute(cut)
         return cut
-
-    def _make_room(self, cut: Cut, limit: int) -> None:
-        """Drop other cuts' boundaries, oldest first, until those of this one fit beside them."""
-        cut.limit(limit)
-        needed = sum(store.expected_bytes for store in cut.missing)
-        while needed and self._cuts:
-            if (
-                cut.held_bytes + needed + sum(one.held_bytes for one in self._cuts.values())
-                <= limit
-            ):
-                return
-            self._cuts.pop(next(iter(self._cuts))).close()
 
     def where(self, recipe: Recipe) -> Where:
         """The layers that a run trains and reads; fits probes for an objective that needs them."""
@@ -307,9 +293,7 @@ class Learning:
 
     def drop_cuts(self) -> None:
         """Drop all boundaries."""
-        for cut in self._cuts.values():
-            cut.close()
-        self._cuts = {}
+        self._cuts.close()
 
     def since_last(self) -> dict[str, float]:
         """Seconds spent since the last run on this bench; what the two share counts for that."""

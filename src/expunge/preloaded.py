@@ -5,13 +5,14 @@ leaves alone.
 """
 
 import gc
+import sys
+from importlib import import_module
 
-import expunge.compose
-import expunge.interference.joint
-import expunge.interference.sequence
-import expunge.run
+# What begins the processes has the current folder in front; the user's files there are no modules.
+sys.path[:] = [folder for folder in sys.path if folder]
 
-__all__ = ["expunge"]
+for name in ("run", "compose", "interference.joint", "interference.sequence"):
+    import_module(f"expunge.{name}")
 
 gc.collect()
 gc.freeze()

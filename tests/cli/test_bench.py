@@ -6,6 +6,7 @@ import pytest
 import torch
 from small_world import LAYERS, write_lines
 
+from expunge import jobs
 from expunge.model.patch import Patch
 from expunge.model.segment import Segment
 from expunge.recipe import Recipe
@@ -100,30 +101,54 @@ def whole_bench(world):
 def test_boundaries_of_earlier_runs_make_room(world):
     """Where two cuts do not fit, the one used longest ago goes, and comes back the same."""
     bench = whole_bench(world)
-    first = bench.learning.cut(recipe(world, layer=1))
+    first, second = (bench.learning.cut(recipe(world, layer=layer)) for layer in (1, 2))
     held = first.held_bytes
-    assert held > 0 and first.retain.computed
+    assert held > 0 and second.held_bytes > 0
     text = first.retain.batch([0]).boundary.input_BTI.clone()
+    for layer in (2, 1):
+        assert bench.learning.cut(recipe(world, layer=layer)) in (first, second)
 
-    enough = recipe(world, layer=2)
-    second = bench.learning.cut(enough)
-    assert first.retain.computed and second.retain.computed
+    tight = 2.2 * held / 2**30
+    bench.learning.cut(recipe(world, layer=0, cache_gib=tight))
+    assert bench.learning.cut(recipe(world, layer=1, cache_gib=tight)) is first
+    assert bench.learning.cut(recipe(world, layer=2, cache_gib=tight)) is not second
+    # What was dropped is still whole for those that work with it.
+    assert torch.equal(first.retain.batch([0]).boundary.input_BTI, text)
 
-    tight = 1.5 * held / 2**30
-    third = bench.learning.cut(recipe(world, layer=0, cache_gib=tight))
-    assert [one.held_bytes > 0 for one in (first, second, third)] == [False, False, True]
-    again = bench.learning.cut(recipe(world, layer=1, cache_gib=tight))
-    assert third.held_bytes == 0
+    tighter = 1.1 * held / 2**30
+    bench.learning.cut(recipe(world, layer=2, cache_gib=tighter))
+    again = bench.learning.cut(recipe(world, layer=1, cache_gib=tighter))
+    assert again is not first
     assert torch.equal(again.retain.batch([0]).boundary.input_BTI, text)
 
 
-def test_what_is_used_again_stays(world):
+def test_files_need_not_make_room(world, tmp_path):
     bench = whole_bench(world)
-    cuts = [bench.learning.cut(recipe(world, layer=layer)) for layer in (1, 2)]
-    held = sum(one.held_bytes for one in cuts)
-    assert bench.learning.cut(recipe(world, layer=1)) is cuts[0]
-    bench.learning.cut(recipe(world, layer=0, cache_gib=1.1 * held / 2**30))
-    assert [one.held_bytes > 0 for one in cuts] == [True, False]
+    bench.learning.spill_directory = tmp_path
+    in_files = bench.learning.cut(recipe(world, layer=2, cache_gib=0))
+    assert in_files.held_bytes == 0 and in_files.retain.storage == "file"
+    in_ram = bench.learning.cut(recipe(world, layer=1))
+    tight = 1.1 * in_ram.held_bytes / 2**30
+    bench.learning.cut(recipe(world, layer=0, cache_gib=tight))
+    assert bench.learning.cut(recipe(world, layer=2, cache_gib=tight)) is in_files
+    assert bench.learning.cut(recipe(world, layer=1, cache_gib=tight)) is not in_ram
+    in_files.close()
+
+
+def test_a_limit_is_used_up_store_by_store(world, tmp_path):
+    bench = whole_bench(world)
+    bench.learning.spill_directory = tmp_path
+    whole = bench.learning.cut(recipe(world, layer=1))
+    sizes = {store: store.nbytes for store in whole.stores()}
+    assert whole.limit(sum(sizes.values())) == sum(sizes.values()) == whole.held_bytes
+    bench.drop_boundaries()
+    limit = max(sizes.values())
+    assert 0 < whole.limit(limit) <= limit
+    for store in sizes:
+        store.compute()
+    assert {store.storage for store in sizes} == {"ram", "file"}
+    assert 0 < whole.held_bytes <= limit
+    whole.close()
 
 
 def test_boundaries_can_be_dropped(world):
@@ -131,8 +156,19 @@ def test_boundaries_can_be_dropped(world):
     bench.drop_boundaries()  # nothing yet, and nothing is opened for it
     assert "learning" not in vars(bench)
     cut = bench.learning.cut(recipe(world))
+    assert cut.held_bytes > 0
     bench.drop_boundaries()
     assert cut.held_bytes == 0
+
+
+def test_a_process_keeps_the_boundaries_of_one_bench(world, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(jobs, "_benches", {})
+    first = jobs._bench(recipe(world))
+    cut = first.learning.cut(recipe(world))
+    assert cut.held_bytes > 0 and jobs._bench(recipe(world)) is first and cut.held_bytes > 0
+    jobs._bench(recipe(world, max_tokens=20))
+    assert cut.held_bytes == 0
+    assert jobs._bench(recipe(world)) is first
 
 
 def test_probes_are_fitted_anew_on_what_a_run_left(world):

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from hashlib import sha256
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from compare_world import (
@@ -251,6 +256,43 @@ def test_killed_in_the_middle(cli, plan, compared, tmp_path):
     assert found(out) == found(compared)
 
 
+def test_nothing_stays_behind_of_a_killed_command(plan, compared, tmp_path):
+    """Its processes end too, and the same command goes on."""
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "expunge", *args(plan, out, workers=2)]
+    begun = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
+    try:
+        wait_until(lambda: len([*out.rglob("record.json")]) >= 2)
+        assert begun.poll() is None and len(alive(begun.pid)) > 3
+        begun.kill()
+        begun.wait()
+        wait_until(lambda: not alive(begun.pid))
+    finally:
+        for process in alive(begun.pid):
+            process.kill()
+    Comparing(ComparisonPlan.load(plan), out, workers=1).run()
+    assert found(out) == found(compared)
+
+
+def wait_until(is_so, seconds=120):
+    latest = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < latest
+        time.sleep(0.1)
+
+
+def alive(group):
+    """The processes of a group that still do something."""
+    found = []
+    for process in psutil.process_iter(["status"]):
+        try:
+            if os.getpgid(process.pid) == group and process.info["status"] != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except ProcessLookupError:
+            continue
+    return found
+
+
 def test_two_processes_find_what_one_does(world, tmp_path):
     small = {"functions": {"knowledge": tiny_settings(world)["functions"]["knowledge"]}}
     small |= {"methods": list(TRAINED), "trials": 1, "interference_seeds": 0, "settings": {}}
@@ -274,18 +316,20 @@ def test_more_seeds_later(cli, world, compared, tmp_path):
 
 
 def test_fresh_seeds(cli, world, compared, tmp_path):
-    """They train with the settings of the same choice, which is not made again."""
+    """They train with the settings of the same choice; finished seeds are not run again."""
     out = tmp_path / "out"
     shutil.copytree(compared, out)
     choice = out / "knowledge" / "npo" / "choice" / "record.json"
     before = choice.read_bytes()
     small = tiny_settings(world, methods=list(TRAINED), interference_seeds=1)
     plan = write_plan(tmp_path / "plan.yaml", small)
-    result = cli(*args(plan, out), "--set", "first_seed=2", "--set", "seeds=1", "--json")
+    finished = out / "knowledge" / "npo" / "seed1" / "record.json"
+    known = finished.read_bytes()
+    result = cli(*args(plan, out), "--set", "first_seed=1", "--set", "seeds=2", "--json")
     assert result.code == 0, result.err
-    assert {tuple(row["seeds"]) for row in result.json["cells"]} == {(2,)}
-    assert choice.read_bytes() == before
-    assert (out / "together" / "joint" / "seed2" / "record.json").is_file()
+    assert {tuple(row["seeds"]) for row in result.json["cells"]} == {(1, 2)}
+    assert (choice.read_bytes(), finished.read_bytes()) == (before, known)
+    assert (out / "together" / "joint" / "seed1" / "record.json").is_file()
     assert json_of(out / "knowledge" / "npo" / "seed2" / "record.json")["seed"] == 2
 
 

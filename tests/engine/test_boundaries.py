@@ -57,9 +57,23 @@ def test_what_is_stored_is_counted(segment: Segment) -> None:
     tokens = sum(map(len, tiny.texts(9)))
     # Per token: the projection's input (48), the residual and one reference (32 each), 4 bytes.
     assert made.n_tokens == tokens
-    assert made.nbytes == made.expected_bytes == tokens * (48 + 32 + 32) * 4
-    bare = BoundaryStore(segment, tiny.texts(9), reference=False)
-    assert (bare.nbytes, bare.expected_bytes) == (0, tokens * (48 + 32) * 4)
+    assert made.nbytes == tokens * (48 + 32 + 32) * 4
+
+
+@pytest.mark.parametrize("family", sorted(tiny.CONFIGS))
+@pytest.mark.parametrize("reference", [True, False])
+def test_size_is_known_before(family: str, reference: bool) -> None:
+    made = BoundaryStore(tiny.cut(tiny.tiny_model(family))[1], tiny.texts(9), reference=reference)
+    expected = made.expected_bytes
+    made.compute()
+    assert made.nbytes == expected > 0
+
+
+def test_nothing_but_what_is_stored_is_kept(segment: Segment) -> None:
+    """Not a view of nothing either: it would hold all of a group."""
+    made = store(segment)
+    assert made._template is not None
+    assert all(tensor.untyped_storage().nbytes() == 0 for tensor in made._template.tensors())
 
 
 def test_a_limit_that_is_just_enough_stays_in_ram(segment: Segment) -> None:

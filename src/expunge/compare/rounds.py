@@ -103,8 +103,9 @@ class Comparing:
         ]
 
     def _seed(self, key: Key, recipe: Recipe, seed: int) -> Job:
-        # Probes take their time, and tell of the objective more than of the seed.
-        seeded = recipe.updated(seed=seed, measure_probes=seed == self.plan.first_seed)
+        # Probes take their time, and tell of the objective more than of the seed. Which seed has
+        # them must not hang on the plan, or finished runs would be others'.
+        seeded = recipe.updated(seed=seed, measure_probes=seed == 0)
         return Job(seeded, self.folder(*key, f"seed{seed}"), self.fresh)
 
     def _unchosen(self, chosen: dict[Key, Recipe | RunRecord]) -> list[RunRecord]:

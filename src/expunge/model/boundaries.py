@@ -142,7 +142,7 @@ class BoundaryStore:
 
     @property
     def expected_bytes(self) -> int:
-        """Bytes that `compute` will take, about."""
+        """Bytes that `compute` will take; of log-probabilities in a narrow type slightly more."""
         width = self.segment.boundary_width(reference=self.reference)
         size = next(iter(self.segment.weights.values())).element_size()
         return self.n_tokens * width * size

@@ -156,10 +156,11 @@ class Segment:
         return next(iter(self.weights.values())).device
 
     def boundary_width(self, *, reference: bool) -> int:
-        """Numbers that a boundary holds of each token, about: no model has run yet."""
-        # A projection leads back to the hidden size, mostly from a larger one.
-        hidden, inner = sorted(next(iter(self.weights.values())).shape)
-        return inner + hidden * (1 + (len(self.layers_read) if reference else 0))
+        """Numbers that a boundary holds of each token."""
+        hidden = self.structure.hidden_size
+        inner = next(iter(self.weights.values())).numel() // hidden
+        cut = inner + hidden if self.structure.splits_at_product else hidden
+        return cut + (len(self.layers_read) * hidden + self.reads_logprobs if reference else 0)
 
     def boundary(self, ids_BT: Tensor, mask_BT: Tensor, *, reference: bool) -> Boundary:
         """Run the prefix, and with ``reference`` the original segment, without gradient.
