@@ -6,7 +6,7 @@ Runs share the opened base and its boundaries; each leaves a patch.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from expunge.cuts import Cut, Cuts, Opened, Tokens, Where, cut_with_stores, dept
 from expunge.defaults import SHALLOW, check_trained, default_lr, resolve_layers
 from expunge.edits import EDITS
 from expunge.errors import RecipeError
+from expunge.evaluation.looks import OutputLook
 from expunge.functions import FUNCTIONS
 from expunge.functions.base import FunctionData
 from expunge.model.checkpoint import Checkpoint
@@ -73,6 +74,10 @@ class Learning:
         progress: told what is going on.
         timing: seconds of loading and prefix are added here.
         spill_directory: where boundaries go that are too large for RAM.
+
+    Attributes:
+        looks: those at the opened base that were made (`expunge.metalearning.looking`), by what
+            they look at.
     """
 
     def __init__(
@@ -90,6 +95,7 @@ class Learning:
         self.spill_directory = spill_directory
         self._opened: Opened | None = None
         self._cuts = Cuts()
+        self.looks: dict[Hashable, OutputLook] = {}
         self._tokens: dict[int, Tokens] = {}
         self.probing = Probing(
             checkpoint.n_layers,
@@ -287,9 +293,13 @@ class Learning:
 
     def release(self) -> None:
         """Drop the opened base and its boundaries."""
-        self.drop_cuts()
-        self._opened = None
+        self._close()
         gc.collect()
+
+    def _close(self) -> None:
+        self.drop_cuts()
+        self.looks = {}
+        self._opened = None
 
     def drop_cuts(self) -> None:
         """Drop all boundaries."""
@@ -311,8 +321,7 @@ class Learning:
     def opened(self, name: str, depth: int | None) -> Opened:
         """The base's first layers, or with None all and the head; opened anew only for more."""
         if not self.has_opened(depth):
-            self.drop_cuts()
-            self._opened = None
+            self._close()
             with timed(self.timing, "load"):
                 model, tokenizer = self.open_model(name, depth)
                 self._opened = Opened(model, tokenizer, find_structure(model), depth is None)

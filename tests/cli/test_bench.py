@@ -7,6 +7,7 @@ import torch
 from small_world import LAYERS, write_lines
 
 from expunge import jobs
+from expunge.metalearning.looking import look_at
 from expunge.model.patch import Patch
 from expunge.model.segment import Segment
 from expunge.recipe import Recipe
@@ -169,6 +170,22 @@ def test_a_process_keeps_the_boundaries_of_one_bench(world, monkeypatch: pytest.
     jobs._bench(recipe(world, max_tokens=20))
     assert cut.held_bytes == 0
     assert jobs._bench(recipe(world)) is first
+
+
+def test_the_base_is_looked_at_once(world):
+    asked = recipe(world, reward="likelihood")
+    bench = whole_bench(world)
+    first = look_at(bench.learning, asked, "likelihood")
+    first()
+    again = look_at(bench.learning, asked.updated(seed=1), "likelihood")
+    assert again.base is first.base and first.raw and not again.raw
+    fewer = look_at(bench.learning, asked.updated(look_items=1), "likelihood")
+    assert fewer.base != first.base
+    # Of a model that is opened anew nothing is known.
+    bench.learning.release()
+    anew = look_at(bench.learning, asked, "likelihood")
+    assert anew.model is not first.model
+    assert anew.base is not first.base and anew.base == first.base
 
 
 def test_probes_are_fitted_anew_on_what_a_run_left(world):

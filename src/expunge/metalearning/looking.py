@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 from expunge.data.tokens import encode
@@ -39,7 +40,8 @@ def look_at(
 ) -> Look:
     """A look at held-back data; for one at what the model says, the whole is opened.
 
-    What is looked at is picked by content, so that all topics and sources have their share.
+    What is looked at is picked by content, so that all topics and sources have their share. The
+    base is measured once for all runs of a bench.
 
     Args:
         texts_only: leave questions and pairs out.
@@ -51,8 +53,11 @@ def look_at(
     if kind == "representation":  # the bench refuses it for an objective that reads none
         return _representation(learning, recipe, split)
     held_back, opened = learning.data.measured[split], learning.opened(recipe.model, None)
+    key = (kind, split, texts_only, check, recipe.look_items, recipe.max_tokens)
+    if key in learning.looks:
+        return replace(learning.looks[key], raw={})
     some = partial(pool, limit=recipe.look_items)
-    return OutputLook.of(
+    learning.looks[key] = look = OutputLook.of(
         opened.model,
         opened.tokenizer,
         kind,
@@ -64,6 +69,7 @@ def look_at(
         check=check,
         max_tokens=fitting_tokens(recipe.max_tokens, learning.checkpoint.config),
     )
+    return look
 
 
 def guard(learning: Learning, recipe: Recipe) -> Watch | None:
