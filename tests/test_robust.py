@@ -137,6 +137,29 @@ def test_processes_begin_with_all_that_a_run_imports() -> None:
     assert loaded and frozen > 0 and threads == 1
 
 
+class _Spilled:
+    """A bench whose boundaries lie in a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def drop_boundaries(self) -> None:
+        self.path.unlink()
+
+
+def _hold(path: Path) -> None:
+    module._benches["one"] = _Spilled(path)  # type: ignore[assignment]
+
+
+def test_processes_leave_no_files_behind(tmp_path: Path) -> None:
+    path = tmp_path / "boundaries"
+    path.touch()
+    with module.process_pool(1) as pool:
+        pool.submit(_hold, path).result()
+        assert path.exists()
+    assert not path.exists()
+
+
 def _die(_job: Job) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 

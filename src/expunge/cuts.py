@@ -87,6 +87,11 @@ class Cut:
         return sum(store.nbytes for store in self.stores() if store.storage == "ram")
 
     @property
+    def in_files(self) -> bool:
+        """Whether some of its boundaries lie in files."""
+        return any(store.storage == "file" for store in self.stores())
+
+    @property
     def missing(self) -> list[BoundaryStore]:
         """Stores that are not computed yet."""
         return [store for store in self.stores() if not store.computed]
@@ -94,14 +99,15 @@ class Cut:
     def limit(self, limit_bytes: int) -> int:
         """Let boundaries take so much RAM, store by store; the others go to files.
 
-        Returns the bytes of RAM that they take once all are computed, about.
+        What is computed stays where it is. Returns the bytes of RAM that all take once they are.
         """
-        left = limit_bytes
-        for store in self.stores():
-            store.limit_bytes = left
-            if store.expected_bytes <= left:
-                left -= store.expected_bytes
-        return limit_bytes - left
+        stores = [store for store in self.stores() if store.computed and store.storage == "ram"]
+        taken = sum(store.nbytes for store in stores)
+        for store in self.missing:
+            store.limit_bytes = max(0, limit_bytes - taken)
+            if store.expected_bytes <= store.limit_bytes:
+                taken += store.expected_bytes
+        return taken
 
     def close(self) -> None:
         """Forget all boundaries."""
@@ -122,15 +128,17 @@ class Cuts:
     def keep(self, key: Hashable, cut: Cut, limit_bytes: int) -> None:
         """Keep a cut, its boundaries computed or not; those used longest ago make room for it.
 
-        A cut that is dropped keeps its boundaries as long as anyone works with it.
+        Of cuts with boundaries in files, one is kept. A cut that is dropped keeps its boundaries as
+        long as anyone works with it.
         """
-        left = limit_bytes - cut.limit(limit_bytes)
-        for other in reversed([*self._by_key]):  # the latest used first
-            held = self._by_key[other].held_bytes
-            if held > left:
-                del self._by_key[other]
+        left = max(0, limit_bytes - cut.limit(limit_bytes))
+        spills = any(one.expected_bytes > (one.limit_bytes or 0) for one in cut.missing)
+        for name in reversed([*self._by_key]):  # the latest used first
+            other = self._by_key[name]
+            if other.held_bytes > left or (spills and other.in_files):
+                del self._by_key[name]
             else:
-                left -= held
+                left -= other.held_bytes
         self._by_key[key] = cut
 
     def close(self) -> None:

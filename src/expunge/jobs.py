@@ -22,6 +22,7 @@ from concurrent.futures import (
     wait,
 )
 from dataclasses import dataclass
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -306,16 +307,29 @@ def prepare_process() -> None:
     # A parent that is killed cannot say so: without it, jobs would go on and processes stay.
     parent = multiprocessing.parent_process()
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    # These processes end without what Python does at the end of others.
+    Finalize(None, _release, exitpriority=0)
+
+
+def _release() -> None:
+    """Remove the files that benches have made."""
+    for bench in _benches.values():
+        bench.drop_boundaries()
 
 
 def _end_with(parent: Any) -> None:
-    """End this process when its parent is gone; what it does is stopped and saved before."""
+    """End this process when its parent is gone.
+
+    What it does is stopped and saved before, but on Windows, where it is cut short.
+    """
     parent.join()
     if hasattr(signal, "pthread_kill"):
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
         latest = time.monotonic() + GRACE
         while _busy and time.monotonic() < latest:
             time.sleep(0.1)
+    if not _busy:
+        _release()
     # Idle, it would wait for its next job forever: it holds both ends of the queue itself.
     os._exit(1)
 
@@ -326,6 +340,7 @@ def _interrupt(_signal: int, _frame: Any) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     _stopping.append(True)
     if not _busy:
+        _release()
         os._exit(0)
     raise KeyboardInterrupt
 

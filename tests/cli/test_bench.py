@@ -133,7 +133,22 @@ def test_files_need_not_make_room(world, tmp_path):
     bench.learning.cut(recipe(world, layer=0, cache_gib=tight))
     assert bench.learning.cut(recipe(world, layer=2, cache_gib=tight)) is in_files
     assert bench.learning.cut(recipe(world, layer=1, cache_gib=tight)) is not in_ram
-    in_files.close()
+    # But of what lies in files one is enough: disks have an end too.
+    also = bench.learning.cut(recipe(world, layer=0, cache_gib=0))
+    assert bench.learning.cut(recipe(world, layer=0, cache_gib=0)) is also and also.in_files
+    assert bench.learning.cut(recipe(world, layer=2, cache_gib=0)) is not in_files
+
+
+def test_originals_that_come_later_keep_to_the_limit(world, tmp_path):
+    bench = whole_bench(world)
+    bench.learning.spill_directory = tmp_path
+    cut = bench.learning.cut(recipe(world, objective="rmu"))
+    held = cut.held_bytes
+    more = recipe(world, objective="cosine-rmu", cache_gib=1.01 * held / 2**30)
+    assert bench.learning.cut(more) is cut
+    assert cut.forget[0].storage == "file" and cut.retain.storage == "ram"
+    assert 0 < cut.held_bytes <= 1.01 * held
+    cut.close()
 
 
 def test_a_limit_is_used_up_store_by_store(world, tmp_path):

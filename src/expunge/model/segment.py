@@ -160,7 +160,7 @@ class Segment:
         hidden = self.structure.hidden_size
         inner = next(iter(self.weights.values())).numel() // hidden
         cut = inner + hidden if self.structure.splits_at_product else hidden
-        return cut + (len(self.layers_read) * hidden + self.reads_logprobs if reference else 0)
+        return cut + (len(self.layers_read) * hidden + self.reads_only_logprobs if reference else 0)
 
     def boundary(self, ids_BT: Tensor, mask_BT: Tensor, *, reference: bool) -> Boundary:
         """Run the prefix, and with ``reference`` the original segment, without gradient.
