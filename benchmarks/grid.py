@@ -21,11 +21,11 @@ from typing import Any
 from rich.console import Console
 
 from expunge.files import write_json
-from expunge.jobs import process_pool
 from expunge.metalearning.archive import Archive
 from expunge.metalearning.choosing import closer
 from expunge.metalearning.playing import Episodes
 from expunge.metalearning.searching import constant
+from expunge.processes import process_pool
 from expunge.progress import Bars
 from expunge.provenance import environment
 from expunge.published import published_recipe

@@ -36,7 +36,6 @@ from expunge.demo import demo_recipe, toxicity_recipe
 from expunge.evaluation.looks import OutputLook
 from expunge.evaluation.pareto import hypervolume
 from expunge.files import write_json
-from expunge.jobs import process_pool
 from expunge.learning import Learning
 from expunge.metalearning.archive import Archive
 from expunge.metalearning.choosing import closer
@@ -45,6 +44,7 @@ from expunge.metalearning.playing import Episodes
 from expunge.metalearning.searching import HIGH, LOW, constant
 from expunge.miniature import check_data
 from expunge.model.patch import Patch
+from expunge.processes import process_pool
 from expunge.progress import Bars
 from expunge.provenance import environment
 from expunge.published import published_recipe

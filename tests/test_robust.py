@@ -18,7 +18,7 @@ from transformers import MptConfig
 
 import tiny
 from expunge import jobs as module
-from expunge import registry
+from expunge import processes, registry
 from expunge.data.sources import read_texts
 from expunge.errors import (
     DataError,
@@ -132,7 +132,7 @@ def _state_of_process() -> tuple[bool, int, int]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="processes share nothing elsewhere")
 def test_processes_begin_with_all_that_a_run_imports() -> None:
-    with module.process_pool(1) as pool:
+    with processes.process_pool(1) as pool:
         loaded, frozen, threads = pool.submit(_state_of_process).result()
     assert loaded and frozen > 0 and threads == 1
 
@@ -154,7 +154,7 @@ def _hold(path: Path) -> None:
 def test_processes_leave_no_files_behind(tmp_path: Path) -> None:
     path = tmp_path / "boundaries"
     path.touch()
-    with module.process_pool(1) as pool:
+    with processes.process_pool(1) as pool:
         pool.submit(_hold, path).result()
         assert path.exists()
     assert not path.exists()
@@ -205,12 +205,12 @@ def test_a_worker_that_was_told_to_stop_begins_nothing_more(tmp_path: Path, monk
     before = signal.getsignal(signal.SIGTERM)
     done: list[Any] = []
     job = Job(Recipe.build({"model": "m", "forget": "f", "retain": "r"}), tmp_path / "a")
-    monkeypatch.setattr(module, "_stopping", [])
-    monkeypatch.setattr(module, "_busy", [job])
+    monkeypatch.setattr(processes, "_stopping", [])
+    monkeypatch.setattr(processes, "_busy", [True])
     monkeypatch.setattr(module, "_do", done.append)
     try:
         with pytest.raises(KeyboardInterrupt):
-            module._interrupt(signal.SIGTERM, None)
+            processes._interrupt(signal.SIGTERM, None)
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
         with pytest.raises(KeyboardInterrupt):
             module.try_job(job)

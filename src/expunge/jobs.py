@@ -9,20 +9,15 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import signal
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import (
     FIRST_COMPLETED,
     BrokenExecutor,
     Future,
-    ProcessPoolExecutor,
     wait,
 )
 from dataclasses import dataclass
-from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -30,6 +25,7 @@ import torch
 
 from expunge import errors
 from expunge.errors import ExpungeError, ResourceError
+from expunge.processes import GRACE, at_end, process_pool, working
 from expunge.progress import Advance, Progress, Silent
 from expunge.recipe import Recipe
 from expunge.records import RunRecord
@@ -39,8 +35,6 @@ if TYPE_CHECKING:
 
 # One for each function of a batch; what a bench holds is a model and some boundaries.
 BENCHES = 2
-# Seconds for a process to save its state and end.
-GRACE = 60
 
 
 @dataclass(frozen=True)
@@ -276,39 +270,9 @@ def _in_pool(
 
 
 _benches: dict[str, Workbench] = {}
-_busy: list[AnyJob] = []
-_stopping: list[bool] = []
 _KINDS: dict[str, type[ExpungeError]] = {
     name: kind for name, kind in vars(errors).items() if name.endswith("Error")
 }
-
-
-def process_pool(count: int) -> ProcessPoolExecutor:
-    """Processes for work of a thread each, that end with this one, whatever ends it.
-
-    On Linux they are copies of one that has imported all and done nothing, so that they share it;
-    it keeps the environment variables of its start. Elsewhere copies are not safe with the
-    system's own libraries.
-    """
-    context: Any = multiprocessing.get_context("spawn")
-    if sys.platform == "linux":
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["expunge.preloaded"])
-    return ProcessPoolExecutor(count, mp_context=context, initializer=prepare_process)
-
-
-def prepare_process() -> None:
-    """Make a fresh process one of several that do jobs."""
-    # The processes are the parallelism; more threads than cores make each of them wait.
-    torch.set_num_threads(1)
-    # Ctrl-C reaches all processes of a terminal; here the parent decides, and says so by SIGTERM.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _interrupt)
-    # A parent that is killed cannot say so: without it, jobs would go on and processes stay.
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    # These processes end without what Python does at the end of others.
-    Finalize(None, _release, exitpriority=0)
 
 
 def _release() -> None:
@@ -317,32 +281,7 @@ def _release() -> None:
         bench.drop_boundaries()
 
 
-def _end_with(parent: Any) -> None:
-    """End this process when its parent is gone.
-
-    What it does is stopped and saved before, but on Windows, where it is cut short.
-    """
-    parent.join()
-    if hasattr(signal, "pthread_kill"):
-        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
-        latest = time.monotonic() + GRACE
-        while _busy and time.monotonic() < latest:
-            time.sleep(0.1)
-    if not _busy:
-        _release()
-    # Idle, it would wait for its next job forever: it holds both ends of the queue itself.
-    os._exit(1)
-
-
-def _interrupt(_signal: int, _frame: Any) -> None:
-    # Once is enough: a second one, as when another process of the pool is gone, must not break
-    # into the saving of a state. What was queued for this process never starts.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    _stopping.append(True)
-    if not _busy:
-        _release()
-        os._exit(0)
-    raise KeyboardInterrupt
+at_end.append(_release)
 
 
 @dataclass(frozen=True)
@@ -355,16 +294,12 @@ class _Failure:
 
 def try_job(job: AnyJob) -> RunRecord | _Failure:
     """A job's record, or its error."""
-    if _stopping:
-        raise KeyboardInterrupt
-    _busy.append(job)
     try:
-        return _do(job)
+        with working():
+            return _do(job)
     except ExpungeError as error:
         parts = {name: getattr(error, name) for name in ("what", "got", "allowed", "fix")}
         return _Failure(type(error).__name__, parts)
-    finally:
-        _busy.clear()
 
 
 def _do(job: AnyJob) -> RunRecord:
