@@ -302,8 +302,10 @@ class Learning:
         self._opened = None
 
     def drop_cuts(self) -> None:
-        """Drop all boundaries."""
+        """Drop all boundaries, and what looks keep of the layers below."""
         self._cuts.close()
+        for look in self.looks.values():
+            look.replay = None
 
     def since_last(self) -> dict[str, float]:
         """Seconds spent since the last run on this bench; what the two share counts for that."""

@@ -52,7 +52,7 @@ class LearnedPlan:
     Attributes:
         episodes, episode_steps: how many, and optimiser steps of each.
         looks: times that validation items are read for the policy, one before each action, in all.
-        look_items: items of a look, forward only, through all layers and the head.
+        look_items: items of a look, forward only, from the lowest trained layer to the head.
         flops_train, flops_looks: floating-point operations of all steps, and of all looks.
         memory_weights: bytes of all weights, with gradients and optimiser of the trained ones.
         seconds: estimated time of computing prefix, steps and looks.
@@ -185,7 +185,9 @@ def plan(
         if episode_steps is None:
             episode_steps = default_episode_steps(steps, ACTION_STEPS)
         looks = episodes * _actions(episode_steps) + _actions(steps)
-        flops_looks = 2.0 * (sum(layers) + shapes.head) * looks * look_items * tokens
+        # Each runs from the lowest trained layer; the first fills what later ones take from there.
+        look = sum(layers[trained[0] :]) + shapes.head
+        flops_looks = 2.0 * (sum(layers[: trained[0]]) + look * looks) * look_items * tokens
         flops_all = flops_step * (episodes * episode_steps + steps)
         learned = LearnedPlan(
             episodes=episodes,

@@ -486,7 +486,9 @@ def test_plan_of_a_preset_without_its_files(cli):
     optimiser = 3 * projection * (2 + 8 + 4)
     assert plan["memory_weights"] == 2 * (8 * layer + head) + optimiser
     assert plan["learned"]["memory_weights"] == 2 * 8_030_261_248 + optimiser
-    assert plan["learned"]["flops_looks"] == 2 * (32 * layer + head) * (30 * 4 + 19) * 128 * 512
+    # Each look from layer 5 on, the first from the bottom.
+    looks = (27 * layer + head) * (30 * 4 + 19) + 5 * layer
+    assert plan["learned"]["flops_looks"] == 2 * looks * 128 * 512
     deeper = cli(
         *("plan", "--model", "llama-3.1-8b", "--device", "h100", "--json"),
         *("--layer", 11, "--steps", 10, "--dtype", "float32"),

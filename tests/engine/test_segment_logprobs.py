@@ -15,8 +15,9 @@ from transformers import AutoModel
 import tiny
 from expunge.errors import ModelError, RecipeError, TrainingError
 from expunge.model.boundaries import BoundaryStore
+from expunge.model.hooks import stop
 from expunge.model.segment import LOGPROBS, Segment
-from expunge.model.structure import find_structure, stop
+from expunge.model.structure import find_structure
 
 TEXTS = [[3, 4, 5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15], [16, 17, 18]]
 

@@ -29,6 +29,7 @@ from expunge.evaluation.multiple_choice import accuracy, prepare_questions
 from expunge.evaluation.prepared import Prepared, prepare_texts
 from expunge.masked import masked_mean
 from expunge.model.boundaries import BoundaryStore
+from expunge.model.replay import Replay
 from expunge.model.segment import Segment
 from expunge.objectives.retain import cosine
 from expunge.training.watch import Point
@@ -91,12 +92,14 @@ class OutputLook:
         parts: name -> what is measured; names begin with ``forget`` or ``retain``.
         base: what the base reaches, part by part.
         raw: what the last look measured, part by part.
+        replay: of the layers that no run changes; None: all are run at each look.
     """
 
     model: PreTrainedModel
     parts: Mapping[str, _Questions | _Texts]
     base: dict[str, float] = field(default_factory=dict)
     raw: dict[str, float] = field(default_factory=dict)
+    replay: Replay | None = None
 
     @classmethod
     def of(
@@ -158,7 +161,7 @@ class OutputLook:
 
     def __call__(self) -> Point:
         """How far the model is now."""
-        self.raw = self._measure()
+        self.raw = self.replay.through(self._measure) if self.replay else self._measure()
         shares = {name: self._kept(name) for name in self.parts}
         forget = [share for name, share in shares.items() if name.startswith("forget")]
         retain = [share for name, share in shares.items() if name.startswith("retain")]

@@ -7,11 +7,13 @@ from functools import partial
 
 from expunge.data.tokens import encode
 from expunge.defaults import fitting_tokens
+from expunge.edits import EDITS
 from expunge.errors import DataError
 from expunge.evaluation.looks import LookKind, OutputLook, RepresentationLook
 from expunge.functions.reading import pool
 from expunge.learning import Learning, objective_of
 from expunge.model.boundaries import BoundaryStore
+from expunge.model.replay import Replay
 from expunge.objectives.base import Logprobs
 from expunge.progress import timed
 from expunge.recipe import Recipe
@@ -41,7 +43,8 @@ def look_at(
     """A look at held-back data; for one at what the model says, the whole is opened.
 
     What is looked at is picked by content, so that all topics and sources have their share. The
-    base is measured once for all runs of a bench.
+    base is measured once for all runs of a bench, and the layers below those that are trained run
+    in the first look alone.
 
     Args:
         texts_only: leave questions and pairs out.
@@ -54,22 +57,26 @@ def look_at(
         return _representation(learning, recipe, split)
     held_back, opened = learning.data.measured[split], learning.opened(recipe.model, None)
     key = (kind, split, texts_only, check, recipe.look_items, recipe.max_tokens)
-    if key in learning.looks:
-        return replace(learning.looks[key], raw={})
-    some = partial(pool, limit=recipe.look_items)
-    learning.looks[key] = look = OutputLook.of(
-        opened.model,
-        opened.tokenizer,
-        kind,
-        forget_questions=() if texts_only else some(held_back.forget_questions),
-        retain_questions=() if texts_only else some(held_back.retain_questions),
-        forget_texts=some(held_back.forget_texts or learning.data.forgotten),
-        retain_texts=some(held_back.retain_texts),
-        pairs=() if texts_only else some(held_back.pairs),
-        check=check,
-        max_tokens=fitting_tokens(recipe.max_tokens, learning.checkpoint.config),
-    )
-    return look
+    if key not in learning.looks:
+        some = partial(pool, limit=recipe.look_items)
+        learning.looks[key] = OutputLook.of(
+            opened.model,
+            opened.tokenizer,
+            kind,
+            forget_questions=() if texts_only else some(held_back.forget_questions),
+            retain_questions=() if texts_only else some(held_back.retain_questions),
+            forget_texts=some(held_back.forget_texts or learning.data.forgotten),
+            retain_texts=some(held_back.retain_texts),
+            pairs=() if texts_only else some(held_back.pairs),
+            check=check,
+            max_tokens=fitting_tokens(recipe.max_tokens, learning.checkpoint.config),
+        )
+    look = learning.looks[key]
+    first = 0 if (recipe.objective or "") in EDITS else learning.where(recipe).trained[0]
+    if look.replay is None or look.replay.first != first:
+        limit = int(recipe.cache_gib * 2**30 / 4)
+        look.replay = Replay(opened.model, opened.structure, first, limit_bytes=limit)
+    return replace(look, raw={})
 
 
 def guard(learning: Learning, recipe: Recipe) -> Watch | None:

@@ -30,7 +30,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
 from expunge.errors import ModelError, RecipeError, TrainingError
-from expunge.model.structure import Structure, stop, stopping
+from expunge.model.hooks import entered_with, entering, forward_as, hooked, stop, stopping
+from expunge.model.structure import Structure
 
 # Stands among captured layers for the head's output: the log-probability of each token given those
 # before it, in nats, of shape BT1; 0 at the first token, which nothing predicts.
@@ -175,7 +176,7 @@ class Segment:
         run_on = reference or recover_residual
 
         def see_input(_module: nn.Module, args: Any, kwargs: Any) -> None:
-            seen["input"] = args[0] if args else kwargs["hidden_states"]
+            seen["input"] = entering(args, kwargs)
             if not run_on:
                 stop()
 
@@ -192,10 +193,11 @@ class Segment:
             where = self._first_projection() if cut_at_product else layer
             if cut_at_product and self.structure.residual_input is not None:
                 source = layer.get_submodule(self.structure.residual_input)
-                stack.enter_context(_hook(source.register_forward_pre_hook(see_residual)))
-            stack.enter_context(_hook(where.register_forward_pre_hook(see_input, with_kwargs=True)))
+                stack.enter_context(hooked(source.register_forward_pre_hook(see_residual)))
+            handle = where.register_forward_pre_hook(see_input, with_kwargs=True)
+            stack.enter_context(hooked(handle))
             if recover_residual:
-                stack.enter_context(_hook(layer.register_forward_hook(see_output)))
+                stack.enter_context(hooked(layer.register_forward_hook(see_output)))
             if reference:
                 stack.enter_context(self._capturing(references, self.reads_only_logprobs))
             with stopping():
@@ -235,7 +237,7 @@ class Segment:
         with ExitStack() as stack:
             stack.enter_context(_evaluating(self.model))
             for index in range(self.first):
-                stack.enter_context(_forward_as(self.structure.layers[index], self._pass_through))
+                stack.enter_context(forward_as(self.structure.layers[index], self._pass_through))
             layer = self.structure.layers[self.first]
             residual_BTD = boundary.residual_BTD
             if residual_BTD is not None:
@@ -243,16 +245,9 @@ class Segment:
                 def from_product(*_args: Any, **_kwargs: Any) -> Any:
                     return self._wrap(residual_BTD + self._tail(boundary.input_BTI))
 
-                stack.enter_context(_forward_as(layer, from_product))
+                stack.enter_context(forward_as(layer, from_product))
             else:
-
-                def from_input(_module: nn.Module, args: Any, kwargs: Any) -> Any:
-                    if args:
-                        return (boundary.input_BTI, *args[1:]), kwargs
-                    return args, {**kwargs, "hidden_states": boundary.input_BTI}
-
-                handle = layer.register_forward_pre_hook(from_input, with_kwargs=True)
-                stack.enter_context(_hook(handle))
+                stack.enter_context(entered_with(layer, lambda: boundary.input_BTI))
             stack.enter_context(self._capturing(captured, logprobs))
             with stopping():
                 captured |= self._model_forward(ids_BT, mask_BT, logprobs)
@@ -307,7 +302,7 @@ class Segment:
         return (acts_BTD,) if self.structure.returns_tuple else acts_BTD
 
     def _pass_through(self, *args: Any, **kwargs: Any) -> Any:
-        return self._wrap(args[0] if args else kwargs["hidden_states"])
+        return self._wrap(entering(args, kwargs))
 
     @contextmanager
     def _capturing(self, into: dict[int, Tensor], logprobs: bool) -> Iterator[None]:
@@ -327,7 +322,7 @@ class Segment:
         with ExitStack() as stack:
             for index in self.layers_read:
                 layer = self.structure.layers[index]
-                stack.enter_context(_hook(layer.register_forward_hook(capture_at(index))))
+                stack.enter_context(hooked(layer.register_forward_hook(capture_at(index))))
             yield
         wanted = (*self.layers_read, *([LOGPROBS] if logprobs else []))
         missing = [index for index in wanted if index not in into]
@@ -347,28 +342,6 @@ def _token_logprobs(logits_BTV: Tensor, ids_BT: Tensor) -> Tensor:
     predicted = logits_BTV[:, :-1].float().flatten(0, 1)
     nll = cross_entropy(predicted, ids_BT[:, 1:].flatten(), reduction="none")
     return pad(-nll.view(len(ids_BT), -1), (1, 0))[..., None]
-
-
-@contextmanager
-def _hook(handle: Any) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def _forward_as(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Replace one module's forward; its attributes stay readable for the model around it."""
-    # An own forward may be there already, set by accelerate for example.
-    before = vars(module).get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward
-        if before is not None:
-            module.forward = before
 
 
 @contextmanager

@@ -11,8 +11,6 @@ Shapes: B batch, T tokens, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,22 +19,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from expunge.errors import ModelError
-
-
-class _StopForwardError(Exception):
-    """Leaves a model's forward once everything wanted has been seen."""
-
-
-@contextmanager
-def stopping() -> Iterator[None]:
-    """Swallow the stop raised by a hook inside the block."""
-    with suppress(_StopForwardError):
-        yield
-
-
-def stop() -> None:
-    """Leave the running forward; to be called from a hook inside `stopping`."""
-    raise _StopForwardError
+from expunge.model.hooks import stop, stopping
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from expunge.errors import DataError, ModelError, RecipeError, ResourceError
 from expunge.model.boundaries import GROUP_TOKENS, length_groups
+from expunge.model.hooks import stop, stopping
 from expunge.model.memory import is_out_of_memory
-from expunge.model.structure import Structure, stop, stopping
+from expunge.model.structure import Structure
 
 SHORTEST = 2  # the first token does not count, so a text needs another
 

@@ -1,0 +1,75 @@
+"""Looks on a bench: what is below the trained layers runs once, and the numbers are the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from expunge import miniature
+from expunge.evaluation.looks import LookKind, OutputLook
+from expunge.metalearning.looking import look_at
+from expunge.recipe import Recipe
+from expunge.workbench import Workbench
+
+
+def recipe(files: dict[str, Path], **changes: Any) -> Recipe:
+    return Recipe.build(
+        {
+            "model": str(miniature.base_directory()),
+            "forget": str(files["forget.txt"]),
+            "retain": str(files["retain.txt"]),
+            "questions": str(files["questions.jsonl"]),
+            "retain_questions": str(files["retain_questions.jsonl"]),
+            "objective": "rmu",
+            "tradeoff": "learned",
+            "trained_layers": (5, 6),
+            "layer": 6,
+            "steps": 3,
+            "batch_size": 4,
+            "max_texts": 40,
+            "max_tokens": 32,
+            "look_items": 6,
+            **changes,
+        }
+    )
+
+
+@pytest.mark.parametrize("kind", ["accuracy", "likelihood"])
+def test_layers_below_the_trained_ones_run_in_the_first_look_alone(
+    files: dict[str, Path], kind: LookKind
+) -> None:
+    bench = Workbench(recipe(files))
+    learning, own = bench.learning, bench.recipe
+    look = look_at(learning, own, kind)
+    assert isinstance(look, OutputLook) and look.replay is not None
+    model = learning.opened(own.model, None).model
+    assert tuple(look()) == (0.0, 1.0)
+    patch, _ = learning.train(own.updated(tradeoff="fixed", lr=0.05))
+    ran: list[None] = []
+    handle = model.model.layers[4].mlp.register_forward_hook(lambda *_args: ran.append(None))
+    with patch.applied(model):
+        replayed = look()
+        assert not ran and replayed != (0.0, 1.0)
+        look.replay = None
+        assert look() == replayed
+        assert ran
+    handle.remove()
+
+
+def test_a_record_is_of_the_lowest_trained_layer(files: dict[str, Path]) -> None:
+    bench = Workbench(recipe(files))
+    learning, own = bench.learning, bench.recipe
+
+    def replay(**changes: Any) -> Any:
+        look = look_at(learning, own.updated(**changes), "likelihood")
+        assert isinstance(look, OutputLook)
+        return look.replay
+
+    first = replay()
+    assert first.first == 5 and replay() is first
+    assert replay(trained_layers=(6,)).first == 6
+    assert replay(trained_layers=None).first == 0  # a shallow model trains all below
+    learning.drop_cuts()
+    assert all(look.replay is None for look in learning.looks.values())
