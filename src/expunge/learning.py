@@ -305,7 +305,8 @@ class Learning:
         """Drop all boundaries, and what looks keep of the layers below."""
         self._cuts.close()
         for look in self.looks.values():
-            look.replay = None
+            if look.replay is not None:
+                look.replay.clear()
 
     def since_last(self) -> dict[str, float]:
         """Seconds spent since the last run on this bench; what the two share counts for that."""

@@ -48,14 +48,13 @@ def test_layers_below_the_trained_ones_run_in_the_first_look_alone(
     assert tuple(look()) == (0.0, 1.0)
     patch, _ = learning.train(own.updated(tradeoff="fixed", lr=0.05))
     ran: list[None] = []
-    handle = model.model.layers[4].mlp.register_forward_hook(lambda *_args: ran.append(None))
+    model.model.layers[4].mlp.register_forward_hook(lambda *_args: ran.append(None))
     with patch.applied(model):
         replayed = look()
         assert not ran and replayed != (0.0, 1.0)
         look.replay = None
         assert look() == replayed
         assert ran
-    handle.remove()
 
 
 def test_a_record_is_of_the_lowest_trained_layer(files: dict[str, Path]) -> None:
@@ -69,7 +68,18 @@ def test_a_record_is_of_the_lowest_trained_layer(files: dict[str, Path]) -> None
 
     first = replay()
     assert first.first == 5 and replay() is first
+    assert replay(trained_layers=(6, 5)) is first
     assert replay(trained_layers=(6,)).first == 6
-    assert replay(trained_layers=None).first == 0  # a shallow model trains all below
+    assert replay(trained_layers=None) is None  # a shallow model trains all below
+    look_at(learning, own, "likelihood")()
+    kept = replay().nbytes
+    assert kept > 0
+    assert replay(look_items=4).limit_bytes == first.limit_bytes - kept
     learning.drop_cuts()
-    assert all(look.replay is None for look in learning.looks.values())
+    assert replay().nbytes == 0
+
+
+def test_an_edit_may_change_all_layers(files: dict[str, Path]) -> None:
+    bench = Workbench(recipe(files))
+    look = look_at(bench.learning, bench.recipe.updated(objective="profs"), "likelihood")
+    assert isinstance(look, OutputLook) and look.replay is None

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers.cache_utils import DynamicCache
 
 import tiny
 from expunge.evaluation.likelihood import Scored, score
@@ -63,8 +64,10 @@ def watched(layer: nn.Module) -> Iterator[list[None]]:
     ran: list[None] = []
     deep = [module for module in layer.modules() if not list(module.children())]
     handle = deep[-1].register_forward_hook(lambda *_args: ran.append(None))
-    yield ran
-    handle.remove()
+    try:
+        yield ran
+    finally:
+        handle.remove()
 
 
 @pytest.mark.parametrize("family", sorted(tiny.CONFIGS))
@@ -92,6 +95,15 @@ def test_the_record_belongs_to_the_weights_below() -> None:
     change([case.model.get_input_embeddings()])
     again, ran = case.replayed()
     assert again == case.whole() and ran > 0
+
+
+def test_positions_that_are_learned_lie_below() -> None:
+    case = Case("gpt2", questions())
+    case.replayed()
+    change([case.model.transformer.wpe])
+    expected = case.whole()
+    again, ran = case.replayed()
+    assert again == expected and ran > 0
 
 
 def test_what_is_kept_is_counted_and_limited() -> None:
@@ -125,10 +137,32 @@ def test_other_batches_than_before_are_computed_in_full() -> None:
 
 def test_a_question_of_equal_shape_is_another() -> None:
     case = Case("llama", questions())
-    case.replayed()
-    rows = [[Row((*row.ids[:-1], 3), row.start) for row in group] for group in questions().groups]
+    before, _ = case.replayed()
+    rows = [[Row((3, *row.ids[1:]), row.start) for row in group] for group in questions().groups]
     case.prepared = Prepared(tuple(tuple(group) for group in rows))
-    assert case.replayed()[0] == case.whole()
+    scores, ran = case.replayed()
+    assert scores == case.whole() != before and ran > 0
+
+
+def test_a_cache_knows_what_filled_it() -> None:
+    """Two prompts first, then what follows each: equal tokens after unequal prompts differ."""
+    case = Case("llama", questions())
+
+    def measure() -> list[torch.Tensor]:
+        caches = []
+        for first in (5, 6):
+            caches.append(DynamicCache(config=case.model.config))
+            prompt = torch.tensor([[first, 7, 8]])
+            case.model(input_ids=prompt, past_key_values=caches[-1], use_cache=True)
+        rest = torch.tensor([[9, 10]])
+        return [case.model(input_ids=rest, past_key_values=one).logits for one in caches]
+
+    with torch.inference_mode():
+        expected = measure()
+        assert not torch.equal(*expected)
+        for _ in range(2):
+            found = case.replay.through(measure)
+            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_the_model_is_left_as_it_was() -> None:
@@ -147,8 +181,29 @@ def test_the_model_is_left_as_it_was() -> None:
     assert case.replayed() == (case.whole(), 0)
 
 
-def test_nothing_lies_below_the_first_layer() -> None:
-    model = tiny.tiny_model("llama")
-    replay = Replay(model, find_structure(model), 0, limit_bytes=AMPLE)
-    assert replay.through(lambda: "measured") == "measured"
-    assert replay.nbytes == 0
+def test_half_a_record_is_none() -> None:
+    case = Case("llama", questions())
+
+    def broken() -> None:
+        case.whole()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        case.replay.through(broken)
+    assert case.replay.nbytes == 0
+    assert case.replayed()[1] > 0
+    assert case.replayed() == (case.whole(), 0)
+
+
+def test_a_layer_may_work_in_place() -> None:
+    case = Case("llama", questions())
+    norm = case.layers[FIRST].input_layernorm
+
+    def double(_module: nn.Module, args: Any) -> None:
+        args[0].mul_(2)
+
+    norm.register_forward_pre_hook(double)
+    expected = case.whole()
+    assert case.replayed()[0] == expected
+    for _ in range(2):
+        assert case.replayed() == (expected, 0)

@@ -115,12 +115,14 @@ class OutputLook:
         pairs: Sequence[Pair],
         max_tokens: int,
         check: bool = True,
+        replay: Replay | None = None,
     ) -> OutputLook:
         """Prepare a look, and measure the base: the model must hold its original weights.
 
         Args:
             kind: ``accuracy`` or ``likelihood``; texts are measured by likelihood in either.
             check: whether to refuse a base that answers no better than chance.
+            replay: that of this look alone.
 
         Raises:
             DataError: nothing to measure on a side, or the base knows no more than chance.
@@ -152,7 +154,7 @@ class OutputLook:
         ask("retain_questions", retain_questions)
         read("retain_texts", retain_texts)
         read("retain_neutral", [Text(pair.neutral, len(pair.opening)) for pair in pairs])
-        look = cls(model, parts)
+        look = cls(model, parts, replay=replay)
         look.base = look._measure()
         look._check_sides()
         if check:
@@ -161,14 +163,17 @@ class OutputLook:
 
     def __call__(self) -> Point:
         """How far the model is now."""
-        self.raw = self.replay.through(self._measure) if self.replay else self._measure()
+        self.raw = self._measure()
         shares = {name: self._kept(name) for name in self.parts}
         forget = [share for name, share in shares.items() if name.startswith("forget")]
         retain = [share for name, share in shares.items() if name.startswith("retain")]
         return Point(1 - max(forget), min(retain))
 
     def _measure(self) -> dict[str, float]:
-        return {name: part.measure(self.model) for name, part in self.parts.items()}
+        def measure() -> dict[str, float]:
+            return {name: part.measure(self.model) for name, part in self.parts.items()}
+
+        return self.replay.through(measure) if self.replay else measure()
 
     def _kept(self, name: str) -> float:
         """Share of what the base had, in [0, 1]."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 
+from expunge.cuts import Opened
 from expunge.data.tokens import encode
 from expunge.defaults import fitting_tokens
-from expunge.edits import EDITS
 from expunge.errors import DataError
 from expunge.evaluation.looks import LookKind, OutputLook, RepresentationLook
 from expunge.functions.reading import pool
-from expunge.learning import Learning, objective_of
+from expunge.learning import Learning, method_of, objective_of
 from expunge.model.boundaries import BoundaryStore
 from expunge.model.replay import Replay
 from expunge.objectives.base import Logprobs
@@ -44,7 +44,7 @@ def look_at(
 
     What is looked at is picked by content, so that all topics and sources have their share. The
     base is measured once for all runs of a bench, and the layers below those that are trained run
-    in the first look alone.
+    then alone.
 
     Args:
         texts_only: leave questions and pairs out.
@@ -57,9 +57,11 @@ def look_at(
         return _representation(learning, recipe, split)
     held_back, opened = learning.data.measured[split], learning.opened(recipe.model, None)
     key = (kind, split, texts_only, check, recipe.look_items, recipe.max_tokens)
-    if key not in learning.looks:
+    look = learning.looks.get(key)
+    replay = _replay(learning, recipe, opened, look)
+    if look is None:
         some = partial(pool, limit=recipe.look_items)
-        learning.looks[key] = OutputLook.of(
+        look = learning.looks[key] = OutputLook.of(
             opened.model,
             opened.tokenizer,
             kind,
@@ -70,12 +72,9 @@ def look_at(
             pairs=() if texts_only else some(held_back.pairs),
             check=check,
             max_tokens=fitting_tokens(recipe.max_tokens, learning.checkpoint.config),
+            replay=replay,
         )
-    look = learning.looks[key]
-    first = 0 if (recipe.objective or "") in EDITS else learning.where(recipe).trained[0]
-    if look.replay is None or look.replay.first != first:
-        limit = int(recipe.cache_gib * 2**30 / 4)
-        look.replay = Replay(opened.model, opened.structure, first, limit_bytes=limit)
+    look.replay = replay
     return replace(look, raw={})
 
 
@@ -92,6 +91,22 @@ def guard(learning: Learning, recipe: Recipe) -> Watch | None:
         learning.progress.say(f"note: nothing guards against collapse: {error.what} ({error.got})")
         return None
     return Watch(look, recipe.look_every, recipe.collapse_floor, retain_floor=recipe.retain_floor)
+
+
+def _replay(
+    learning: Learning, recipe: Recipe, opened: Opened, look: OutputLook | None
+) -> Replay | None:
+    """Of the layers below those that a recipe trains, if there are any: the look's, or a new one.
+
+    What looks of a bench keep together is a quarter of ``cache_gib`` at most.
+    """
+    first = 0 if method_of(recipe).kind == "edit" else min(learning.where(recipe).trained)
+    if look is not None and look.replay is not None and look.replay.first == first:
+        return look.replay
+    others = [one.replay for one in learning.looks.values() if one is not look]
+    kept = sum(replay.nbytes for replay in others if replay is not None)
+    limit = int(recipe.cache_gib * 2**30 / 4) - kept
+    return Replay(opened.model, opened.structure, first, limit_bytes=limit) if first else None
 
 
 def _representation(learning: Learning, recipe: Recipe, split: Split) -> RepresentationLook:

@@ -1,10 +1,11 @@
 """Forwards that are made again and again while only upper layers change: the lower ones once.
 
-What enters the first layer that may change is kept of every forward, under all that it follows
-from: ids, mask, positions, and the forwards before it that its key-value cache holds. A forward
-that comes again takes it from there, and the layers below are passed through. The same bits, for
-what is left out would be computed as it was. Keys and values of the layers below, which nothing
-reads then, are stood in for by zeros of width 1: masks are made from their length.
+What enters the first layer that may change is kept in RAM of every forward, by ids, mask,
+positions, and the forwards before it that filled its key-value cache, whose rows an equal prompt
+is taken to hand on alike. A forward that comes again takes it from there, and the layers below are
+passed through. The same bits, for what is left out would be computed as it was. Keys and values of
+the layers below, which nothing reads then, are stood in for by zeros of width 1: masks are made
+from their length.
 
 Shapes: B batch, T tokens, D hidden size.
 """
@@ -15,6 +16,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -39,8 +41,8 @@ class Replay:
     Args:
         model: a Hugging Face causal LM; it is called by keyword.
         structure: of the same model.
-        first: the lowest layer (0-based) that may change; the weights below belong to the record,
-            which is made anew when they were written to.
+        first: the lowest layer (0-based, ≥ 1) that may change. The other weights belong to the
+            record, which is made anew after torch has counted a write to one of them.
         limit_bytes: what may be kept; a measurement that needs more is made in full, always.
     """
 
@@ -52,10 +54,9 @@ class Replay:
         self._entered: dict[bytes, Tensor] = {}
         self._key = b""
         self._written = -1
-        self._gives_up = first == 0
-        embeddings = model.get_input_embeddings()  # type: ignore[operator]
-        below = [*structure.layers[:first], embeddings]
-        self._below = [parameter for module in below for parameter in module.parameters()]
+        self._gives_up = False
+        may_change = {id(p) for layer in structure.layers[first:] for p in layer.parameters()}
+        self._fixed = [p for p in structure.backbone.parameters() if id(p) not in may_change]
 
     @property
     def nbytes(self) -> int:
@@ -64,8 +65,6 @@ class Replay:
 
     def through(self, measure: Callable[[], T]) -> T:
         """What ``measure``, which runs the model without gradient, gives."""
-        if self._gives_up:
-            return measure()
         if self._entered and self._written == self._writes():
             try:
                 with self._replaying():
@@ -73,23 +72,34 @@ class Replay:
             except _UnseenError:
                 # Other batches than before, for want of memory: what is kept is no help then.
                 self._give_up()
-                return measure()
-        self._entered, self._written = {}, self._writes()
-        with self._recording():
+        if self._gives_up:
             return measure()
+        self.clear()
+        self._written = self._writes()
+        try:
+            with self._recording():
+                return measure()
+        except BaseException:
+            self.clear()
+            raise
+
+    def clear(self) -> None:
+        """Drop what is kept; the next measurement is recorded again."""
+        self._entered = {}
 
     def _writes(self) -> int:
-        """How often the weights below were written to, as torch counts it."""
-        return sum(parameter._version for parameter in self._below)
+        """How often the weights that stay were written to, as torch counts it."""
+        return sum(parameter._version for parameter in self._fixed)
 
     def _give_up(self) -> None:
-        self._gives_up, self._entered = True, {}
+        self._gives_up = True
+        self.clear()
 
     @contextmanager
     def _recording(self) -> Iterator[None]:
         def see(_module: nn.Module, args: Any, kwargs: Any) -> None:
             if not self._gives_up:
-                self._entered[self._key] = entering(args, kwargs)
+                self._entered[self._key] = entering(args, kwargs).to("cpu", copy=True)
                 if self.nbytes > self.limit_bytes:
                     self._give_up()
 
@@ -109,7 +119,8 @@ class Replay:
 
     def _recorded(self) -> Tensor:
         try:
-            return self._entered[self._key]
+            # A copy, also on a CPU: a layer may work in place.
+            return self._entered[self._key].to(self._fixed[0].device, copy=True)
         except KeyError:
             raise _UnseenError from None
 
@@ -131,17 +142,19 @@ class Replay:
     @contextmanager
     def _keyed(self) -> Iterator[None]:
         """Know each forward of the model by what it follows from."""
+        filled_by: WeakKeyDictionary[Cache, bytes] = WeakKeyDictionary()
 
         def see(_module: nn.Module, _args: Any, kwargs: Mapping[str, Any]) -> None:
             cache = kwargs.get("past_key_values")
-            goes_on = cache is not None and cache.get_seq_length() > 0
-            digest = hashlib.sha256(self._key if goes_on else b"")
+            digest = hashlib.sha256(b"" if cache is None else filled_by.get(cache, b""))
             for name in INPUTS:
                 tensor: Tensor | None = kwargs.get(name)
                 if tensor is not None:
                     digest.update(f"{name} {list(tensor.shape)} ".encode())
                     digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
             self._key = digest.digest()
+            if cache is not None:
+                filled_by[cache] = self._key
 
         with hooked(self.model.register_forward_pre_hook(see, with_kwargs=True)):
             yield
