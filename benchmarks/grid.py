@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import tempfile
 import time
 from functools import partial
@@ -31,16 +30,14 @@ from expunge.provenance import environment
 from expunge.published import published_recipe
 from expunge.recipe import Recipe
 from expunge.workbench import Workbench
-from tradeoff import cell, points_on_test, recipe_of
+from tradeoff import cell, points_on_test, recipe_of, work
 
 RATES = (0.1, 0.3, 0.5, 0.7, 0.9)
 WEIGHTS = (0.2, 0.4, 0.6, 0.8)
 
-_benches: dict[str, Workbench] = {}
-
 
 def fixed_cell(bench: Workbench, recipe: Recipe, rate: float, weight: float) -> dict[str, Any]:
-    """One run that holds its knobs, the others in the middle: what validation prefers, on test."""
+    """One run that holds its knobs, the others as usual: what validation prefers, on test."""
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as name:
         learning = bench.learning
@@ -64,17 +61,6 @@ def fixed_cell(bench: Workbench, recipe: Recipe, rate: float, weight: float) -> 
     }
 
 
-def work(recipe: Recipe, place: tuple[float, float] | None, out: Path) -> dict[str, Any]:
-    """A cell in its own process; without a place, the learned one."""
-    if not out.exists():
-        bench = _benches.setdefault(recipe.bench_key, Workbench(recipe))
-        settled, _ = bench.settled(recipe)
-        made = cell(bench, settled, "learned") if place is None else None
-        write_json(out, made or fixed_cell(bench, settled, *(place or (0.5, 0.5))))
-    found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
-    return found
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--function", choices=("knowledge", "toxicity", "own"), default="own")
@@ -87,14 +73,17 @@ def main() -> None:
     recipe = recipe_of(given.function, given.work / "data", given.set)
     recipe = recipe.updated(seed=given.seed, tradeoff="learned")
     folder = given.work / recipe.fingerprint[:12]
-    places = [None, *itertools.product(RATES, WEIGHTS)]
+    makers = [
+        partial(cell, method="learned"),
+        *(partial(fixed_cell, rate=r, weight=w) for r, w in itertools.product(RATES, WEIGHTS)),
+    ]
     with (
         process_pool(given.workers) as pool,
-        Bars(Console(stderr=True)).phase("cells", len(places)) as advance,
+        Bars(Console(stderr=True)).phase("cells", len(makers)) as advance,
     ):
         futures = [
-            pool.submit(work, recipe, place, folder / f"{number:02d}.json")
-            for number, place in enumerate(places)
+            pool.submit(work, recipe, make, folder / f"{number:02d}.json")
+            for number, make in enumerate(makers)
         ]
         cells = []
         for future in futures:

@@ -214,15 +214,17 @@ def scores_on_test(bench: Workbench, patch: Patch) -> dict[str, dict[str, float 
     return found
 
 
+MakeCell = Callable[[Workbench, Recipe], dict[str, Any]]
+
 _benches: dict[str, Workbench] = {}
 
 
-def work(recipe: Recipe, method: str, out: Path) -> dict[str, Any]:
-    """A cell in its own process; the bench is kept for the next."""
+def work(recipe: Recipe, make: MakeCell, out: Path) -> dict[str, Any]:
+    """A cell in its own process, with how its layer was found; the bench is kept for the next."""
     if not out.exists():
         bench = _benches.setdefault(recipe.bench_key, Workbench(recipe))
-        settled, _ = bench.settled(recipe)
-        write_json(out, cell(bench, settled, method))
+        settled, how = bench.settled(recipe)
+        write_json(out, make(bench, settled) | {"layer": settled.layer, **how})
     found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
     return found
 
@@ -267,7 +269,12 @@ def main() -> None:
         progress.phase("cells", len(tasks)) as advance,
     ):
         futures = [
-            pool.submit(work, own, method, folder / own.fingerprint[:12] / f"{method}.json")
+            pool.submit(
+                work,
+                own,
+                partial(cell, method=method),
+                folder / own.fingerprint[:12] / f"{method}.json",
+            )
             for own, method in tasks
         ]
         cells = []

@@ -164,3 +164,18 @@ def test_help_and_docs_name_every_preset() -> None:
         assert name in help_text
         if docs.is_file():
             assert all(word in docs.read_text(encoding="utf-8") for word in (name, *one.hub_names))
+
+
+@every
+def test_the_docs_tell_what_the_plan_gives(name: str) -> None:
+    docs = Path(plan_module.__file__).parents[2] / "docs" / "runs.md"
+    if not docs.is_file():
+        pytest.skip("the documentation lies with the sources alone")
+    found = plan_module.plan(name, device="h100")
+    learned = found.learned
+    assert learned is not None
+    memory = [f"{one.memory_weights / 2**30:.1f}" for one in (found, learned)]
+    boundaries = f"{found.memory_boundaries / 2**30:.0f} GiB"
+    seconds = f"{found.seconds:.0f} s / {learned.seconds / 60:.1f} min"
+    row = f"| `{name}` | {' / '.join(memory)} GiB | {boundaries} | {seconds} |"
+    assert row in docs.read_text(encoding="utf-8").splitlines()
