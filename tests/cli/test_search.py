@@ -25,7 +25,7 @@ from expunge.errors import DivergedError, TrainingError
 from expunge.evaluation.suite import Suite
 from expunge.folder import FRONT_FILE
 from expunge.learning import Learning
-from expunge.metalearning.figure import Learned
+from expunge.metalearning.figure import LearnedRun
 from expunge.picking import pick
 from expunge.recipe import Recipe
 from expunge.run import run
@@ -245,7 +245,7 @@ def test_show_and_its_figure(cli, searched, tmp_path):
     pytest.importorskip("matplotlib")
     drawn = cli("show", searched, "--figure", tmp_path / "a.svg")
     assert drawn.code == 0, drawn.err
-    drawn = Learned.load(searched)
+    drawn = LearnedRun.load(searched)
     trials = trials_of(searched)
     assert [one.reward for one in drawn.episodes] == [one["reward"] for one in trials]
     (taken,) = [entry["episode"] for entry in front_of(searched) if entry["chosen"]]

@@ -27,7 +27,7 @@ from test_bad_input import DATA, RECIPE, check, tree
 
 from expunge.demo import LEARNED, OBJECTIVES, TOXICITY, _jobs, _main_settings
 from expunge.errors import DataError, PatchError
-from expunge.metalearning.figure import Learned, _numbered, _running_mean, tradeoff_figure
+from expunge.metalearning.figure import LearnedRun, _numbered, _running_mean, tradeoff_figure
 from expunge.model.patch import Patch
 from expunge.recipe import Recipe
 from expunge.run import run
@@ -313,7 +313,7 @@ def test_what_the_figure_draws(undisturbed):
 
     from expunge.metalearning import figure as drawing
 
-    learned = Learned.load(undisturbed)
+    learned = LearnedRun.load(undisturbed)
     assert [one.reward for one in (*learned.episodes, learned.last)] == [
         one["reward"] for one in episodes_of(undisturbed)
     ]

@@ -31,7 +31,7 @@ WINDOW = 5
 
 
 @dataclass(frozen=True)
-class Learned:
+class LearnedRun:
     """What a learned run left to be drawn.
 
     Attributes:
@@ -51,7 +51,7 @@ class Learned:
     every: int
 
     @classmethod
-    def load(cls, run: Path) -> Learned:
+    def load(cls, run: Path) -> LearnedRun:
         """Read a run's folder. Raises PatchError or DataError if it holds no learned run."""
         entries, record = load_front(run), RunRecord.load(run)
         path = run / EPISODES_NAME
@@ -105,7 +105,7 @@ def tradeoff_figure(run: Path, path: Path | str) -> Path:
         ExpungeError: matplotlib is not installed.
         ResourceError: the file cannot be written.
     """
-    path, learned = Path(path), Learned.load(run)
+    path, learned = Path(path), LearnedRun.load(run)
     with drawn(path, (12.5, 4.4)) as figure:
         figure.set_layout_engine("constrained", w_pad=0.12)
         left, middle, right = figure.subplots(1, 3, width_ratios=(1, 1.25, 1))
@@ -120,7 +120,7 @@ def tradeoff_figure(run: Path, path: Path | str) -> Path:
     return path
 
 
-def _rewards(axis: Axes, learned: Learned) -> None:
+def _rewards(axis: Axes, learned: LearnedRun) -> None:
     """Each episode's hypervolume and its running mean; the policy is updated after each."""
     from matplotlib.ticker import MaxNLocator
 
@@ -146,7 +146,7 @@ def _rewards(axis: Axes, learned: Learned) -> None:
     _legend_below(axis)
 
 
-def _points(axis: Axes, learned: Learned) -> None:
+def _points(axis: Axes, learned: LearnedRun) -> None:
     """All that looks saw, the front with its numbers, the base, the floor, the chosen point."""
     floor = learned.floor
     # As far down as there are points, within limits.
@@ -216,7 +216,7 @@ def _numbered(points: Sequence[Point], near_x: float, near_y: float) -> list[tup
     return [(first, ", ".join(numbers)) for first, numbers in places]
 
 
-def _knobs(axis: Axes, learned: Learned) -> None:
+def _knobs(axis: Axes, learned: LearnedRun) -> None:
     """The knobs by step, in multiples of what a run without learning uses."""
     edges = [place * learned.every for place in range(len(learned.last.knobs))]
     edges.append(learned.last.steps)
