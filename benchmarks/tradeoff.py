@@ -5,11 +5,12 @@
 
 Every method gets as many episodes of as many inner steps, with the same looks at validation, and a
 last run of full length: learned with its policy, the searches with the knobs of their best episode,
-fixed with the usual settings (its episodes differ by seed). The first episode of all keeps to the
-usual settings. Seeds begin at 100: the policy's own settings were chosen on others (LOG.md). Each
-keeps the front of its points; only then is the test split read, once for each patch of a front.
-Reported is the hypervolume of the test points, of the whole front and of the chosen point alone,
-and its paired difference over seeds; that of the whole front is the primary one.
+fixed with the usual settings (its episodes differ by seed). The first episode of all is a run of
+full length with the usual settings; the searches begin with these too. Seeds begin at 100: the
+policy's own settings were chosen on others (LOG.md). Each keeps the front of its points; only then
+is the test split read, once for each patch of a front. Reported is the hypervolume of the test
+points, of the whole front and of the chosen point alone, and its paired difference over seeds; that
+of the whole front is the primary one.
 
 Cells are processes that share nothing; finished ones lie under --work, so an interrupted table goes
 on where it stopped.
@@ -103,8 +104,9 @@ def play_search(
     names = [scale.knob.name for scale in episodes.scales]
     best, found = -1.0, episodes.policy.mean
     usual = {scale.knob.name: scale.start_share for scale in episodes.scales}
-    for number in range(count):
-        asked = ask(names, None if number else usual)
+    episodes.played.append(episodes.play(episodes.actor(0), 0)[0])
+    for number in range(1, count):
+        asked = ask(names, usual if number == 1 else None)
         actor = constant(episodes.scales, asked)
         episode, _ = episodes.play(actor, number)
         episodes.played.append(episode)

@@ -184,11 +184,13 @@ def plan(
     if episodes:
         if episode_steps is None:
             episode_steps = default_episode_steps(steps, ACTION_STEPS)
-        looks = episodes * _actions(episode_steps) + _actions(steps)
+        # The first episode is as long as the run.
+        taught = episodes - 1
+        looks = taught * _actions(episode_steps) + 2 * _actions(steps)
         # Each runs from the lowest trained layer; the first fills what later ones take from there.
         look = sum(layers[trained[0] :]) + shapes.head
         flops_looks = 2.0 * (sum(layers[: trained[0]]) + look * looks) * look_items * tokens
-        flops_all = flops_step * (episodes * episode_steps + steps)
+        flops_all = flops_step * (taught * episode_steps + 2 * steps)
         learned = LearnedPlan(
             episodes=episodes,
             episode_steps=episode_steps,

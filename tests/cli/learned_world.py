@@ -63,8 +63,10 @@ def record_of(out: Path) -> dict[str, Any]:
 
 
 def looks(out: Path) -> int:
-    """Readings of validation by a learned run: in episodes, in the last run, of the front."""
-    return EPISODES * EPISODE_STEPS // EVERY + STEPS // EVERY + len(front_of(out))
+    """Readings of validation by a learned run: in episodes, of which the first is as long as the
+    last run, in that, and of the front."""
+    taught = (EPISODES - 1) * EPISODE_STEPS // EVERY
+    return taught + 2 * STEPS // EVERY + len(front_of(out))
 
 
 def chosen_of(out: Path) -> int:

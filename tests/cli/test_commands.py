@@ -466,9 +466,9 @@ def test_plan_of_a_learned_tradeoff_with_other_numbers(cli, world):
     ]
     plan = cli("plan", "--model", world.model, *asked, "--json").json
     learned = plan["learned"]
-    # Actions at steps 0, 8, 16, 24 of an episode, and five in the run.
-    assert (learned["looks"], learned["look_items"]) == (5 * 4 + 5, 7)
-    assert learned["flops_train"] == plan["flops_train"] / 40 * (5 * 25 + 40)
+    # Actions at steps 0, 8, 16, 24 of an episode; five in the run and in the first, as long.
+    assert (learned["looks"], learned["look_items"]) == (4 * 4 + 2 * 5, 7)
+    assert learned["flops_train"] == plan["flops_train"] / 40 * (4 * 25 + 2 * 40)
     assert cli("plan", "--model", world.model, "--episodes", 0, "--json").json["learned"] is None
 
 
@@ -487,7 +487,7 @@ def test_plan_of_a_preset_without_its_files(cli):
     assert plan["memory_weights"] == 2 * (8 * layer + head) + optimiser
     assert plan["learned"]["memory_weights"] == 2 * 8_030_261_248 + optimiser
     # Each look from layer 5 on, the first from the bottom.
-    looks = (27 * layer + head) * (30 * 4 + 19) + 5 * layer
+    looks = (27 * layer + head) * (29 * 4 + 2 * 19) + 5 * layer
     assert plan["learned"]["flops_looks"] == 2 * looks * 128 * 512
     deeper = cli(
         *("plan", "--model", "llama-3.1-8b", "--device", "h100", "--json"),

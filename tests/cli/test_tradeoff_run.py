@@ -67,7 +67,7 @@ def test_the_front_and_the_patch_that_is_chosen(undisturbed):
         assert training["tradeoff"]["chosen"] == {"point": number, **taken}
     seen = episodes_of(undisturbed)
     assert [one["number"] for one in seen] == list(range(EPISODES + 1))
-    assert [one["steps"] for one in seen] == [6] * EPISODES + [STEPS]
+    assert [one["steps"] for one in seen] == [STEPS, *[6] * (EPISODES - 1), STEPS]
     for entry in front:
         assert entry["step"] in [step for step, _, _ in seen[entry["episode"]]["points"]]
 
@@ -139,7 +139,7 @@ def test_the_same_seed_gives_the_same_patch(world, undisturbed, tmp_path):
 # ---- kills
 
 # Steps of all episodes are done by the same loop as those of the last run.
-BEFORE = EPISODES * 6
+BEFORE = STEPS + (EPISODES - 1) * 6
 ROOM = "expunge.metalearning"
 PLACES = {
     "between two episodes": ((f"{ROOM}.episodes", "EpisodeLog", "write"), 3, "after"),

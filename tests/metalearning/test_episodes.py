@@ -127,15 +127,28 @@ def test_one_seed_is_one_episode(bench: Workbench, files: dict[str, Path]) -> No
     assert explored(episodes(bench, seed=1), 3).knobs != one.knobs
 
 
-def test_the_first_episode_keeps_to_the_usual_values(bench: Workbench) -> None:
-    """RMU's usual retain weight and coefficient lie inside their ranges, so they are met."""
-    found = episodes(bench)
+def test_the_first_episode_is_a_whole_run_with_the_usual_values(bench: Workbench) -> None:
+    found = episodes(bench, steps=8, episode_steps=4)
     episode = explored(found, 0)
     usual = {name: found.usual[name] for name in ("lr", "retain_weight", "coefficient")}
     assert all(knobs == pytest.approx(usual) for knobs in episode.knobs)
-    starts = [scale.start for scale in found.scales]
-    assert np.array(episode.places) == pytest.approx(np.array([starts] * 3))
-    assert explored(found, 1).knobs != episode.knobs
+    assert list(episode.points) == [2, 4, 6, 8]
+    other = explored(found, 1)
+    assert list(other.points) == [2, 4] and other.knobs[0] != episode.knobs[0]
+    for one in (episode, other):
+        found.learn(one)
+    assert [len(one.returns) for one in found.teaching] == [2]
+
+
+def test_the_first_episode_is_the_run_without_learning(bench: Workbench) -> None:
+    """So what is chosen from holds what there would be without learning."""
+    found = episodes(bench)
+    _, result = found.play(found.actor(0), 0)
+    mine = bench.learning.patch_of(bench.recipe, result.weights, {})
+    plain, _ = bench.learning.train(bench.recipe.updated(tradeoff="fixed"))
+    assert mine.deltas.keys() == plain.deltas.keys()
+    for name, delta in plain.deltas.items():
+        assert torch.allclose(mine.deltas[name], delta, rtol=1e-4, atol=1e-8), name
 
 
 @pytest.mark.parametrize(
@@ -270,15 +283,15 @@ def test_a_broken_log_is_no_log(tmp_path: Path, content: str) -> None:
 def test_a_policy_learns_from_all_episodes_after_the_warm_up(bench: Workbench) -> None:
     found = episodes(bench)
     start = found.policy
-    for number in range(start.settings.warm_up - 1):
+    for number in range(start.settings.warm_up):
         found.learn(explored(found, number))
     assert found.policy is start
-    found.learn(explored(found, start.settings.warm_up - 1))
+    found.learn(explored(found, start.settings.warm_up))
     first = found.policy
     assert not np.array_equal(first.weights, start.weights)
-    by_hand = start.updated([one.trajectory for one in found.played])
+    by_hand = start.updated([one.trajectory for one in found.played[1:]])
     assert np.array_equal(first.weights, by_hand.weights)
-    found.learn(explored(found, start.settings.warm_up))
+    found.learn(explored(found, start.settings.warm_up + 1))
     assert not np.array_equal(found.policy.weights, first.weights)
 
 

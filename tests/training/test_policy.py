@@ -131,10 +131,10 @@ def test_one_seed_is_one_exploration() -> None:
     assert places(1) != places(2)
 
 
-def test_a_quiet_one_keeps_to_the_mean() -> None:
+def test_what_keeps_to_the_mean_surprises_nobody() -> None:
     policy = Policy.starting([0.3, -2.0])
-    quiet = Explorer(policy, np.random.default_rng(0), quiet=True)
-    assert [quiet(state).tolist() for state in states(3)] == [[0.3, -2.0]] * 3
+    for actor in (policy.mean, policy.within([])):
+        assert [actor(state).tolist() for state in states(3)] == [[0.3, -2.0]] * 3
     places_AK = np.array([[0.3, -2.0]] * 3)
     assert not policy.innovations(seen(states(3)), places_AK).any()
 

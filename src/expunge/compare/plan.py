@@ -164,7 +164,8 @@ class ComparisonPlan(BaseModel):
     def choice(self, function: str, method: str) -> Recipe | None:
         """The search behind a method's settings, or what teaches its policy; None: neither.
 
-        Episodes are as many as make, with the run that follows them, the steps of a search.
+        Episodes are as many as make, with the run that follows them, the steps of a search; the
+        first is as long as a run.
         """
         if method == CONTROL:
             return None
@@ -177,7 +178,7 @@ class ComparisonPlan(BaseModel):
         steps = recipe.episode_steps
         if steps == "auto":
             steps = default_episode_steps(recipe.steps, recipe.action_every)
-        episodes = max(1, round((self.trials - 1) * recipe.steps / steps))
+        episodes = 1 + max(0, round((self.trials - 2) * recipe.steps / steps))
         return recipe.updated(tradeoff="learned", episodes=episodes)
 
 

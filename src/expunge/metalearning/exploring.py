@@ -110,10 +110,9 @@ def _play_all(episodes: Episodes, log: EpisodeLog, archive: Archive) -> None:
 def _play_last(episodes: Episodes, stage: Stage) -> tuple[Episode, TrainingResult]:
     """The run of full length, with what the episodes taught."""
     recipe = episodes.recipe
-    seen = episodes.taught or [one.trajectory for one in episodes.played]
     with episodes.learning.progress.phase("train", recipe.steps) as advance:
         return episodes.play(
-            episodes.policy.within(seen),
+            episodes.policy.within(episodes.teaching),
             episodes.count,
             steps=recipe.steps,
             stage=stage,

@@ -132,11 +132,12 @@ def _rewards(axis: Axes, learned: LearnedRun) -> None:
     if played:
         axis.plot(
             [0], played[:1], "o", color=SKY, markerfacecolor="white", markersize=6,
-            label="usual values",
+            label="usual values" + ("" if learned.searched else ", a whole run"),
         )  # fmt: skip
-    if n > 1 and not learned.searched:
+    if n > 2 and not learned.searched:
         label = f"mean of the last {WINDOW}"
-        axis.plot(range(n), _running_mean(played, WINDOW), color=BLUE, linewidth=2, label=label)
+        mean = _running_mean(played[1:], WINDOW)
+        axis.plot(range(1, n), mean, color=BLUE, linewidth=2, label=label)
     label = "taken" if learned.searched else f"last run ({learned.last.steps} steps)"
     place = learned.last.number if learned.searched else n
     axis.plot([place], [learned.last.reward], "*", color=VERMILLION, markersize=13, label=label)

@@ -1,7 +1,9 @@
 """Episodes of one recipe on one bench: played, taken in again, learned from.
 
 Every episode starts from the base's own weights, on the boundaries that all runs share, and is
-looked at on validation after each action. The test split is not read here.
+looked at on validation after each action. The first keeps to the usual values and is as long as a
+run: nothing is learned from it, but what is taken in the end is no worse by validation. The test
+split is not read here.
 """
 
 from __future__ import annotations
@@ -117,7 +119,7 @@ class Episodes:
 
     @property
     def steps(self) -> int:
-        """Inner steps of an episode; a search tries whole runs."""
+        """Inner steps of an episode that teaches; a search tries whole runs."""
         given, recipe = self.recipe.episode_steps, self.recipe
         if self.searches:
             return recipe.steps
@@ -143,7 +145,7 @@ class Episodes:
         """One episode with this actor, and its result, without weights where training broke off.
 
         Args:
-            steps: if not those of an episode.
+            steps: if not those of this episode.
             seed: of the batches and the target, if not the recipe's.
             stage: where the state is kept, for the last run.
         """
@@ -158,7 +160,8 @@ class Episodes:
             keep_best=stage is not None,
             on_point=lambda done, point, weights: self._keep(number, done, point, weights),
         )
-        trainer = self.learning.trainer(recipe, rule, watch, steps=steps or self.steps)
+        steps = steps or self.steps_of(number)
+        trainer = self.learning.trainer(recipe, rule, watch, steps=steps)
         start = time.perf_counter()
         ended: Ended = "whole"
         try:
@@ -171,9 +174,10 @@ class Episodes:
             ended = "collapsed"
         episode = replace(self._episode(number, rule, watch), ended=ended)
         if stage is not None and result.log:
-            # One that was resumed took its first actions before; nothing learns from it.
-            knobs = tuple(one.knobs for one in result.log[::every])
-            episode = replace(episode, knobs=knobs, features=(), places=(), returns=())
+            # One that was resumed took its first actions before.
+            episode = replace(episode, knobs=tuple(one.knobs for one in result.log[::every]))
+        if stage is not None or (number == 0 and not self.searches):
+            episode = replace(episode, features=(), places=(), returns=())
         return replace(episode, seconds=time.perf_counter() - start), result
 
     def take(self, episode: Episode) -> None:
@@ -185,9 +189,13 @@ class Episodes:
     def learn(self, episode: Episode) -> None:
         """Update the policy by what an episode showed, and all before it."""
         self.played.append(episode)
-        if self.searches:
-            return
-        self.policy = self.policy.updated([one.trajectory for one in self.played])
+        if not self.searches:
+            self.policy = self.policy.updated(self.teaching)
+
+    @property
+    def teaching(self) -> list[Trajectory]:
+        """What there is to learn from: another run's episodes, or these."""
+        return self.taught or [one.trajectory for one in self.played if one.features]
 
     def note(self) -> str:
         """How far the exploration is, in a few words."""
@@ -203,10 +211,13 @@ class Episodes:
 
     def actor(self, number: int) -> Actor:
         """That of an episode. The first keeps to the usual values, as a yardstick."""
-        if self.searches:
+        if self.searches or number == 0:
             return trial(self.scales, self.recipe.seed, number)
-        generator = np.random.default_rng([self.recipe.seed, number])
-        return Explorer(self.policy, generator, quiet=number == 0)
+        return Explorer(self.policy, np.random.default_rng([self.recipe.seed, number]))
+
+    def steps_of(self, number: int) -> int:
+        """Inner steps of an episode; the yardstick is a whole run."""
+        return self.recipe.steps if number == 0 else self.steps
 
     def _keep(self, number: int, done: int, point: Point, weights: Any) -> None:
         if self.archive is not None and (weights is None or is_finite(weights)):

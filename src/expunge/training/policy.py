@@ -112,6 +112,8 @@ class Policy:
         A long run gets to states that no short episode reached; there each feature is taken at
         the nearest value that was seen, so that the linear mean does not run away.
         """
+        if not played:
+            return self.mean
         seen_NF = np.concatenate([one.features for one in played])
         low_F, high_F = seen_NF.min(axis=0), seen_NF.max(axis=0)
 
@@ -216,21 +218,15 @@ class Policy:
 
 
 class Explorer:
-    """An actor that explores around a policy; one for each episode.
+    """An actor that explores around a policy; one for each episode."""
 
-    Attributes:
-        quiet: whether to keep to the policy's mean.
-    """
-
-    def __init__(
-        self, policy: Policy, generator: np.random.Generator, *, quiet: bool = False
-    ) -> None:
-        self.policy, self.generator, self.quiet = policy, generator, quiet
+    def __init__(self, policy: Policy, generator: np.random.Generator) -> None:
+        self.policy, self.generator = policy, generator
         self._noise = np.zeros_like(policy.spread)
 
     def __call__(self, state: State) -> Array:
         rho = self.policy.settings.persistence
-        xi_K = self.generator.standard_normal(len(self.policy.spread)) * (not self.quiet)
+        xi_K = self.generator.standard_normal(len(self.policy.spread))
         if state.number == 0:
             self._noise = xi_K
         else:
