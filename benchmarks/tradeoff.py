@@ -77,7 +77,7 @@ def play_learned(episodes: Episodes, count: int) -> Actor:
     """REINFORCE, as `expunge run --tradeoff learned` does it."""
     for number in range(count):
         episodes.learn(episodes.play(episodes.actor(number), number)[0])
-    return episodes.policy.within([one.trajectory for one in episodes.played])
+    return episodes.policy.within(episodes.teaching)
 
 
 def play_fixed(episodes: Episodes, count: int) -> Actor:
