@@ -70,7 +70,7 @@ def textbook_seconds(bench: Workbench, recipe: Recipe) -> float:
 
 
 def learned_seconds(recipe: Recipe) -> tuple[float, list[float]]:
-    """A learned run from the opened base on, and the episodes' own times."""
+    """A learned run from the opened base on, and the short episodes' own times."""
     bench = Workbench(recipe)
     bench.learning.opened(recipe.model, None)
     bench.learning.tokens(recipe)
@@ -79,7 +79,8 @@ def learned_seconds(recipe: Recipe) -> tuple[float, list[float]]:
         start = time.perf_counter()
         explore(bench.learning, recipe, folder, Stage(state=folder / "state.safetensors"))
         seconds = time.perf_counter() - start
-        lines = (folder / EPISODES_NAME).read_text(encoding="utf-8").splitlines()[1:-1]
+        # Without the first line, the first episode, which is a whole run, and the last run.
+        lines = (folder / EPISODES_NAME).read_text(encoding="utf-8").splitlines()[2:-1]
     return seconds, [json.loads(line)["seconds"] for line in lines]
 
 

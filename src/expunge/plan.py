@@ -47,10 +47,12 @@ LOOK_ITEMS: int = 4 * Recipe.model_fields["look_items"].default
 class LearnedPlan:
     """The cost of a run whose trade-off is learned: all episodes, then the run itself.
 
+    The first episode is as long as the run.
+
     Boundaries are computed once and shared. The reward needs answers, so the whole model is held.
 
     Attributes:
-        episodes, episode_steps: how many, and optimiser steps of each.
+        episodes, episode_steps: how many, and optimiser steps of each but the first.
         looks: times that validation items are read for the policy, one before each action, in all.
         look_items: items of a look, forward only, from the lowest trained layer to the head.
         flops_train, flops_looks: floating-point operations of all steps, and of all looks.

@@ -187,7 +187,7 @@ def print_plan(console: Console, plan: Plan) -> None:
         for name, value in one.items():
             table.add_row(name, value)
     else:
-        run, looks = f"{learned.episodes} x {learned.episode_steps} + run", learned.looks
+        run, looks = f"{learned.episodes - 1} x {learned.episode_steps} + 2 runs", learned.looks
         more = {
             "layers read": f"{plan.layers_total} of {plan.layers_total}",
             "weights read": f"{_gib(plan.bytes_total)} GiB",

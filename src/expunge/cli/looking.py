@@ -64,7 +64,11 @@ def plan(
     ] = None,
     episode_steps: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="Steps of an episode; default: a fifth of steps."),
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Steps of an episode after the first, a whole run; default: a fifth.",
+        ),
     ] = None,
     look_items: Annotated[
         int | None,

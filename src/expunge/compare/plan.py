@@ -178,7 +178,7 @@ class ComparisonPlan(BaseModel):
         steps = recipe.episode_steps
         if steps == "auto":
             steps = default_episode_steps(recipe.steps, recipe.action_every)
-        episodes = 1 + max(0, round((self.trials - 2) * recipe.steps / steps))
+        episodes = 1 + max(1, round((self.trials - 2) * recipe.steps / steps))
         return recipe.updated(tradeoff="learned", episodes=episodes)
 
 

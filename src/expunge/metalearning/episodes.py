@@ -31,7 +31,8 @@ class Episode:
         points: steps done -> forget and retain on validation.
         reward: hypervolume of the episode's own points above the floor.
         seconds: wall time.
-        features, places, returns: what the policy learns from, for each action.
+        features, places, returns: what the policy learns from, for each action; empty where nothing
+            is learned: of whole runs.
         log_density: of the places under the policy that chose them; 0 without one.
         ended: ``whole``; ``collapsed``, stopped because the rest was lost; or ``diverged``, broken
             off because a number was not finite.

@@ -132,7 +132,7 @@ def _rewards(axis: Axes, learned: LearnedRun) -> None:
     if played:
         axis.plot(
             [0], played[:1], "o", color=SKY, markerfacecolor="white", markersize=6,
-            label="usual values" + ("" if learned.searched else ", a whole run"),
+            label="usual values, a whole run",
         )  # fmt: skip
     if n > 2 and not learned.searched:
         label = f"mean of the last {WINDOW}"

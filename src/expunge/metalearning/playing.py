@@ -90,7 +90,7 @@ class Episodes:
 
     @cached_property
     def taught(self) -> list[Trajectory]:
-        """What another run's episodes showed; its policy is learned from them again.
+        """What another run's episodes showed.
 
         Raises RecipeError if there are none, or of other knobs.
         """
@@ -106,10 +106,7 @@ class Episodes:
                 allowed=", ".join(own),
                 fix="name a run of the same objective, or leave policy_from out",
             )
-        found = [one.trajectory for one in episodes]
-        for number in range(len(found)):
-            self.policy = self.policy.updated(found[: number + 1])
-        return found
+        return [one.trajectory for one in episodes]
 
     @property
     def searches(self) -> bool:
@@ -128,8 +125,14 @@ class Episodes:
 
     @cached_property
     def policy(self) -> Policy:
-        """At first, the policy around what a run without learning uses."""
-        return Policy.starting([scale.start for scale in self.scales], self.policy_settings)
+        """At first, the policy around what a run without learning uses.
+
+        With another run's episodes, its policy: learned from them again.
+        """
+        policy = Policy.starting([scale.start for scale in self.scales], self.policy_settings)
+        for number in range(len(self.taught)):
+            policy = policy.updated(self.taught[: number + 1])
+        return policy
 
     def play(
         self,
