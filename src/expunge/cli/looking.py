@@ -67,7 +67,7 @@ def plan(
         typer.Option(
             min=1,
             metavar="N",
-            help="Steps of an episode after the first, a whole run; default: a fifth.",
+            help="Steps of each after the first episode; default: a fifth.",
         ),
     ] = None,
     look_items: Annotated[
