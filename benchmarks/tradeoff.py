@@ -160,7 +160,11 @@ def cell(bench: Workbench, recipe: Recipe, method: str) -> dict[str, Any]:
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as name:
         archive = Archive(
-            Path(name), recipe.front_size, recipe.retain_floor, partial(learning.patch_of, recipe)
+            Path(name),
+            recipe.front_size,
+            recipe.retain_floor,
+            partial(learning.patch_of, recipe),
+            fallback=0,
         )
         episodes = Episodes(learning, recipe, archive)
         actor = PLAYERS[method](episodes, recipe.episodes)
