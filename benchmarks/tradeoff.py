@@ -160,11 +160,7 @@ def cell(bench: Workbench, recipe: Recipe, method: str) -> dict[str, Any]:
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as name:
         archive = Archive(
-            Path(name),
-            recipe.front_size,
-            recipe.retain_floor,
-            partial(learning.patch_of, recipe),
-            fallback=0,
+            Path(name), recipe.front_size, recipe.retain_floor, partial(learning.patch_of, recipe)
         )
         episodes = Episodes(learning, recipe, archive)
         actor = PLAYERS[method](episodes, recipe.episodes)

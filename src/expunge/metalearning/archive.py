@@ -22,8 +22,6 @@ from expunge.files import disk_errors, write_json
 from expunge.model.patch import Patch
 from expunge.training.watch import Point
 
-# Worth that a look at some hundred items can tell apart.
-CLEARLY = 0.1
 FRONT_FOLDER = "front"
 FRONT_NAME = "front.json"
 # Names of patches in the folder, and of what a killed process leaves beside them, with its number.
@@ -89,7 +87,6 @@ class Archive:
         folder: of the run.
         floor: retain at which a point is worth nothing.
         make_patch: (weights, facts) -> patch.
-        fallback: the episode whose points are taken only if they are worth `CLEARLY` more.
         entries: by forgetting, ascending.
     """
 
@@ -97,7 +94,6 @@ class Archive:
     size: int
     floor: float
     make_patch: Callable[[Mapping[str, Tensor], dict[str, Any]], Patch]
-    fallback: int | None = None
     entries: list[Entry] = field(default_factory=list)
 
     def add(
@@ -121,12 +117,7 @@ class Archive:
     @property
     def best(self) -> Entry:
         """The entry worth most by itself, above the floor or else above none."""
-        best = _best(self.entries)
-        others = [entry for entry in self.entries if entry.episode != self.fallback]
-        if best.episode != self.fallback or not others:
-            return best
-        other = _best(others)
-        return other if other.worth > max(0.0, best.worth - CLEARLY) else best
+        return max(self.entries, key=lambda entry: (entry.worth, entry.point.worth(0.0)))
 
     def prune(self) -> None:
         """Remove the files of points that went; once it is written down that they did."""
@@ -146,10 +137,6 @@ class Archive:
             shares = contributions([entry.point for entry in kept], self.floor)
             kept.pop(shares.index(min(shares)))
         return kept
-
-
-def _best(entries: list[Entry]) -> Entry:
-    return max(entries, key=lambda entry: (entry.worth, entry.point.worth(0.0)))
 
 
 def chosen(entries: list[Entry], place: int) -> list[Entry]:
