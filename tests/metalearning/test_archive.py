@@ -119,6 +119,38 @@ def test_what_is_kept_follows_from_the_points_alone(
         assert hypervolume([e.point for e in found.entries], FLOOR) == pytest.approx(whole)
 
 
+@pytest.mark.parametrize(
+    ("usual", "other", "taken"),
+    [
+        ((0.6, 0.9), (0.7, 0.82), 1),  # .48 against .448: not to be told apart
+        ((0.6, 0.9), (0.7, 0.75), 0),  # .48 against .35
+        ((0.6, 0.8), (0.5, 0.95), 1),  # .36 against .45: worth more anyway
+        ((0.1, 0.9), (0.9, 0.4), 0),  # .08 against nothing
+    ],
+)
+def test_the_fallback_is_taken_only_if_clearly_better(
+    tmp_path: Path, usual: tuple[float, float], other: tuple[float, float], taken: int
+) -> None:
+    found = archive(tmp_path)
+    points = (Point(*usual), Point(*other))
+    found.entries = [Entry(n, 5, point, point.worth(FLOOR)) for n, point in enumerate(points)]
+    found.fallback = 0
+    assert found.best.episode == taken
+    found.entries = [entry for entry in found.entries if entry.episode == 0]
+    assert found.best.episode == 0
+
+
+def test_the_fallback_pushes_nothing_off_the_front(tmp_path: Path) -> None:
+    found = archive(tmp_path)
+    found.fallback = 0
+    for step, point in enumerate([(0.5, 0.9), (0.9, 0.9)]):
+        found.add(0, step, Point(*point), weights(1.0))
+    assert [entry.step for entry in found.entries] == [1]
+    for step, point in enumerate([(0.2, 0.8), (0.6, 0.7), (0.5, 0.65)]):
+        found.add(1, step, Point(*point), weights(1.0))
+    assert [(entry.episode, entry.step) for entry in found.entries] == [(1, 0), (1, 1), (0, 1)]
+
+
 def test_best_is_worth_most_and_of_equals_forgets_most(tmp_path: Path) -> None:
     assert filled(tmp_path, [(0.2, 1.0), (0.6, 0.8), (0.9, 0.55)]).best.episode == 1
     # 0.25·1 = 0.5·0.5, and both are exact.

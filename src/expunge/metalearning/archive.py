@@ -22,6 +22,8 @@ from expunge.files import disk_errors, write_json
 from expunge.model.patch import Patch
 from expunge.training.watch import Point
 
+# Worth that a look at some hundred items can tell apart.
+CLEARLY = 0.1
 FRONT_FOLDER = "front"
 FRONT_NAME = "front.json"
 # Names of patches in the folder, and of what a killed process leaves beside them, with its number.
@@ -87,6 +89,8 @@ class Archive:
         folder: of the run.
         floor: retain at which a point is worth nothing.
         make_patch: (weights, facts) -> patch.
+        fallback: the episode of which one point is kept apart from the front, and taken only if it
+            is worth `CLEARLY` more than what is there.
         entries: by forgetting, ascending.
     """
 
@@ -94,6 +98,7 @@ class Archive:
     size: int
     floor: float
     make_patch: Callable[[Mapping[str, Tensor], dict[str, Any]], Patch]
+    fallback: int | None = None
     entries: list[Entry] = field(default_factory=list)
 
     def add(
@@ -117,7 +122,12 @@ class Archive:
     @property
     def best(self) -> Entry:
         """The entry worth most by itself, above the floor or else above none."""
-        return max(self.entries, key=lambda entry: (entry.worth, entry.point.worth(0.0)))
+        best = _best(self.entries)
+        others = [entry for entry in self.entries if entry.episode != self.fallback]
+        if best.episode != self.fallback or not others:
+            return best
+        other = _best(others)
+        return other if other.worth > max(0.0, best.worth - CLEARLY) else best
 
     def prune(self) -> None:
         """Remove the files of points that went; once it is written down that they did."""
@@ -130,13 +140,24 @@ class Archive:
                     path.unlink()
 
     def _front(self, entries: list[Entry]) -> list[Entry]:
+        """Of the fallback the point worth most; of the others, those that none of them dominates."""
+        spare = [entry for entry in entries if entry.episode == self.fallback]
+        others = [entry for entry in entries if entry.episode != self.fallback]
+        kept = [*self._kept(spare, 1), *self._kept(others, self.size)]
+        return sorted(kept, key=lambda entry: entry.point)
+
+    def _kept(self, entries: list[Entry], size: int) -> list[Entry]:
         # Points below the floor are worth nothing; they count only while there is no other.
         worthy = [entry for entry in entries if entry.worth > 0] or entries
         kept = [worthy[index] for index in front([entry.point for entry in worthy])]
-        while len(kept) > self.size:
+        while len(kept) > size:
             shares = contributions([entry.point for entry in kept], self.floor)
             kept.pop(shares.index(min(shares)))
         return kept
+
+
+def _best(entries: list[Entry]) -> Entry:
+    return max(entries, key=lambda entry: (entry.worth, entry.point.worth(0.0)))
 
 
 def chosen(entries: list[Entry], place: int) -> list[Entry]:

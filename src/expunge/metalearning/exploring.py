@@ -51,6 +51,8 @@ def explore(
 
     archive = Archive(folder, recipe.front_size, recipe.retain_floor, make_patch)
     episodes = Episodes(learning, recipe, archive)
+    if episodes.count and not episodes.searches:
+        archive.fallback = 0
     log = EpisodeLog(folder / EPISODES_NAME, stage.context)
     _play_all(episodes, log, archive)
     played = list(episodes.played)
