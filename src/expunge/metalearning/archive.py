@@ -140,7 +140,7 @@ class Archive:
                     path.unlink()
 
     def _front(self, entries: list[Entry]) -> list[Entry]:
-        """Of the fallback the point worth most; of the others, those that none of them dominates."""
+        """One point of the fallback; of the others, those that none of them dominates."""
         spare = [entry for entry in entries if entry.episode == self.fallback]
         others = [entry for entry in entries if entry.episode != self.fallback]
         kept = [*self._kept(spare, 1), *self._kept(others, self.size)]

@@ -2,7 +2,7 @@
 
 Every episode starts from the base's own weights, on the boundaries that all runs share, and is
 looked at on validation after each action. The first keeps to the usual values and is as long as a
-run: nothing is learned from it, but it is a rival for the front. The test split is not read here.
+run: nothing is learned from it, but it is there to fall back on. The test split is not read here.
 """
 
 from __future__ import annotations
