@@ -135,7 +135,7 @@ class Replay:
                 batch, tokens, _ = acts_BTD.shape
                 nothing = acts_BTD.new_zeros(batch, 1, tokens, 1)
                 cache.update(nothing, nothing, index)
-            return (acts_BTD,) if self.structure.returns_tuple else acts_BTD
+            return self.structure.returned(acts_BTD)
 
         return forward
 

@@ -243,7 +243,7 @@ class Segment:
             if residual_BTD is not None:
 
                 def from_product(*_args: Any, **_kwargs: Any) -> Any:
-                    return self._wrap(residual_BTD + self._tail(boundary.input_BTI))
+                    return self.structure.returned(residual_BTD + self._tail(boundary.input_BTI))
 
                 stack.enter_context(forward_as(layer, from_product))
             else:
@@ -298,11 +298,8 @@ class Segment:
             out_BTD = layer.get_submodule(name)(out_BTD)
         return out_BTD
 
-    def _wrap(self, acts_BTD: Tensor) -> Any:
-        return (acts_BTD,) if self.structure.returns_tuple else acts_BTD
-
     def _pass_through(self, *args: Any, **kwargs: Any) -> Any:
-        return self._wrap(entering(args, kwargs))
+        return self.structure.returned(entering(args, kwargs))
 
     @contextmanager
     def _capturing(self, into: dict[int, Tensor], logprobs: bool) -> Iterator[None]:

@@ -63,6 +63,10 @@ class Structure:
         """The projection module of a layer (0-based)."""
         return self.layers[layer].get_submodule(self.projection)
 
+    def returned(self, acts_BTD: Tensor) -> Any:
+        """Hidden states as a layer of this model returns them."""
+        return (acts_BTD,) if self.returns_tuple else acts_BTD
+
     def weight_name(self, layer: int) -> str:
         """Name of the projection's weight inside the loaded model."""
         return f"{self.layers_name}.{layer}.{self.projection}.weight"
