@@ -54,7 +54,7 @@ def search_edit(learning: Learning, recipe: Recipe) -> Patch | Intervention:
     """
     entry = EDITS.get(str(recipe.objective))
     settings = {name: list(values) for name, values in entry.extras["choices"].items()}
-    look = look_at(learning, recipe, kind_of(learning, recipe))
+    look = look_at(learning, recipe, kind_of(recipe))
     model = learning.opened(recipe.model, None).model
     tried: list[dict[str, Any]] = []
     best: tuple[tuple[float, float], int, Patch | Intervention] | None = None

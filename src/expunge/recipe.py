@@ -127,7 +127,7 @@ class Recipe(BaseModel):
     reward: LookKind | Auto = Field(
         "auto",
         description="what looks at validation measure: accuracy, likelihood or representation; "
-        "auto: accuracy where there are questions, else likelihood",
+        "auto: likelihood",
     )
     look_items: int = Field(
         32, ge=1, description="largest number of questions, texts or pairs of each part of a look"

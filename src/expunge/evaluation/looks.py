@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
@@ -39,8 +40,14 @@ if TYPE_CHECKING:
 
 LookKind = Literal["accuracy", "likelihood", "representation"]
 LOOK_KINDS: tuple[str, ...] = get_args(LookKind)
-# A base this little above chance has nothing to lose that could be seen.
+# A base this little above chance has nothing to lose that could be seen: in accuracy, and in
+# probability, which differs less between choices and is an average of finer things.
 LEAST_KNOWN = 0.05
+LEAST_LIKELY = 0.02
+# Tokens of a batch: many for questions, whose choices share a prompt; for texts, of unequal
+# length, fewer, so that little is padded.
+QUESTION_TOKENS = 8192
+TEXT_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -55,9 +62,8 @@ class _Questions:
     prepared: Prepared
     by: LookKind
 
-    def measure(self, model: PreTrainedModel) -> float:
+    def value(self, scored: Sequence[Sequence[Scored]]) -> float:
         """Accuracy, or mean probability of the right choice; NaN of a model that is broken."""
-        scored = score(model, self.prepared, batch_size=128)
         if not all(math.isfinite(total) for rows in scored for total, _ in rows):
             return math.nan
         if self.by == "likelihood":
@@ -70,6 +76,11 @@ class _Questions:
     def chance(self) -> float:
         return sum(question.chance for question in self.questions) / len(self.questions)
 
+    @property
+    def least(self) -> float:
+        """How far above chance a base must be."""
+        return LEAST_KNOWN if self.by == "accuracy" else LEAST_LIKELY
+
 
 @dataclass(frozen=True)
 class _Texts:
@@ -77,11 +88,10 @@ class _Texts:
 
     prepared: Prepared
 
-    def measure(self, model: PreTrainedModel) -> float:
+    def value(self, scored: Sequence[Sequence[Scored]]) -> float:
         """Nats/token."""
-        scored = [rows[0] for rows in score(model, self.prepared, batch_size=32)]
-        totals = [total for total, _ in scored]
-        return -sum(totals) / max(1, sum(tokens for _, tokens in scored))
+        totals = [rows[0][0] for rows in scored]
+        return -sum(totals) / max(1, sum(rows[0][1] for rows in scored))
 
 
 @dataclass
@@ -171,7 +181,9 @@ class OutputLook:
 
     def _measure(self) -> dict[str, float]:
         def measure() -> dict[str, float]:
-            return {name: part.measure(self.model) for name, part in self.parts.items()}
+            scored = _scored(self.model, self.parts, _Questions, QUESTION_TOKENS)
+            scored |= _scored(self.model, self.parts, _Texts, TEXT_TOKENS)
+            return {name: part.value(scored[name]) for name, part in self.parts.items()}
 
         return self.replay.through(measure) if self.replay else measure()
 
@@ -182,7 +194,7 @@ class OutputLook:
             return 0.0
         if isinstance(part, _Texts):
             return math.exp(-max(0.0, now - base))
-        return min(max((now - part.chance) / max(base - part.chance, LEAST_KNOWN), 0.0), 1.0)
+        return min(max((now - part.chance) / max(base - part.chance, part.least), 0.0), 1.0)
 
     def _check_sides(self) -> None:
         for side in ("forget", "retain"):
@@ -197,12 +209,12 @@ class OutputLook:
     def _check_known(self) -> None:
         for name, part in self.parts.items():
             known = self.base[name]
-            if isinstance(part, _Questions) and not known >= part.chance + LEAST_KNOWN:
+            if isinstance(part, _Questions) and not known >= part.chance + part.least:
                 raise DataError(
                     what="The base answers these questions no better than by guessing, so a loss "
                     "could not be seen",
                     got=f"{name.replace('_', ' ')}: {known:.3f}, chance {part.chance:.3f}",
-                    allowed=f"at least {LEAST_KNOWN} above chance on validation",
+                    allowed=f"at least {part.least} above chance on validation",
                     fix="give questions that the model can answer, or --set reward=representation",
                 )
 
@@ -255,6 +267,24 @@ class RepresentationLook:
             totals += float(torch.stack(cosines).mean()) * tokens
             count += tokens
         return totals / count
+
+
+def _scored(
+    model: PreTrainedModel,
+    parts: Mapping[str, _Questions | _Texts],
+    kind: type[_Questions | _Texts],
+    tokens: int,
+) -> dict[str, list[list[Scored]]]:
+    """Rows of all parts of a kind, scored together: fewer and larger products than part by part.
+
+    Args:
+        tokens: at most so many in a batch, were all rows as long as the longest.
+    """
+    some = {name: part.prepared.groups for name, part in parts.items() if isinstance(part, kind)}
+    groups = tuple(group for own in some.values() for group in own)
+    longest = max((len(row.ids) for group in groups for row in group), default=1)
+    found = iter(score(model, Prepared(groups), batch_size=max(1, tokens // longest)))
+    return {name: list(islice(found, len(own))) for name, own in some.items()}
 
 
 def _chosen(question: Question, rows: Sequence[Scored]) -> float:

@@ -60,7 +60,7 @@ class Episodes:
     @property
     def kind(self) -> LookKind:
         """What looks measure."""
-        return kind_of(self.learning, self.recipe)
+        return kind_of(self.recipe)
 
     @cached_property
     def look(self) -> Look:
