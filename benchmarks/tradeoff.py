@@ -8,9 +8,9 @@ last run of full length: learned with its policy, the searches with the knobs of
 fixed with the usual settings (its episodes differ by seed). The first episode of all is a run of
 full length with the usual settings; the searches begin with these too. Seeds begin at 100: the
 policy's own settings were chosen on others (LOG.md). Each keeps the front of its points; only then
-is the test split read, once for each patch of a front. Reported is the hypervolume of the test
-points, of the whole front and of the chosen point alone, and its paired difference over seeds; that
-of the whole front is the primary one.
+is the test split read, once for each patch of a front, knowledge by accuracy. Reported is the
+hypervolume of the test points, of the whole front and of the chosen point alone, and its paired
+difference over seeds; that of the whole front is the primary one.
 
 Cells are processes that share nothing; finished ones lie under --work, so an interrupted table goes
 on where it stopped.
@@ -34,7 +34,7 @@ from rich.table import Table
 from scipy.stats import bootstrap, wilcoxon
 
 from expunge.demo import demo_recipe, toxicity_recipe
-from expunge.evaluation.looks import OutputLook
+from expunge.evaluation.looks import LookKind, OutputLook
 from expunge.evaluation.pareto import hypervolume
 from expunge.files import write_json
 from expunge.learning import Learning
@@ -179,6 +179,7 @@ def cell(bench: Workbench, recipe: Recipe, method: str) -> dict[str, Any]:
     return {
         "method": method,
         "seed": recipe.seed,
+        "looks": episodes.kind,
         "validation": {
             "episodes": hypervolume([p for e in episodes.played for p in e.points.values()], floor),
             "front": hypervolume([e.point for e in archive.entries], floor),
@@ -207,7 +208,8 @@ def points_on_test(learning: Learning, episodes: Episodes) -> list[Point]:
     assert archive is not None
     whole = recipe.updated(look_items=10_000)
     asked = learning.data.measured["test"].forget_questions
-    look = look_at(learning, whole, "accuracy" if asked else "likelihood", split="test")
+    kind: LookKind = "accuracy" if asked else "likelihood"
+    look = look_at(learning, whole, kind, split="test", check=False)
     assert isinstance(look, OutputLook)
     points = []
     for entry in archive.entries:

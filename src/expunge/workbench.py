@@ -29,7 +29,7 @@ from expunge.measuring import Artefact, Measurements, Measuring
 from expunge.metalearning.calibration import CALIBRATION_NAME, Calibration, calibrate
 from expunge.metalearning.episodes import EPISODES_NAME, lessons
 from expunge.metalearning.exploring import explore
-from expunge.metalearning.looking import guard
+from expunge.metalearning.looking import guard, kind_of
 from expunge.model.apply import part_within
 from expunge.model.checkpoint import Checkpoint, open_model, open_tokenizer
 from expunge.model.patch import BaseTensor, Patch
@@ -247,7 +247,7 @@ class Workbench:
     def _calibration(self, recipe: Recipe, folder: Path | None) -> Calibration | None:
         """What short runs say of the layers, tried once on a bench; None where they cannot."""
         key = recipe.updated(seed=0).fingerprint
-        rests_on = json.dumps([key, dict(self.data.hashes)], sort_keys=True)
+        rests_on = json.dumps([key, dict(self.data.hashes), kind_of(recipe)], sort_keys=True)
         rests_on = hashlib.sha256(rests_on.encode()).hexdigest()
         if key not in self._calibrations and folder is not None:
             earlier = Calibration.load(folder / CALIBRATION_NAME, rests_on)
@@ -310,6 +310,7 @@ class Workbench:
             # Probes are fitted again on resume; they must come out the same.
             "directions": self._directions(settled),
             **({"policy": _digest(recipe.policy_from)} if recipe.policy_from else {}),
+            **({"looks": kind_of(recipe)} if recipe.tradeoff in EXPLORING else {}),
             "versions": [torch.__version__, sklearn.__version__],
         }
         if self.start is not None:

@@ -225,6 +225,21 @@ def test_progress_adds_up(kind: str, words: PreTrainedTokenizerFast) -> None:
     assert sum(counts) == prepared.rows == 10
 
 
+@pytest.mark.parametrize("kind", ["llama", "mamba"])
+def test_a_batch_holds_so_many_tokens(kind: str, words: PreTrainedTokenizerFast) -> None:
+    """A long row is alone in its batch, and makes no other batch smaller."""
+    rows = [Row(tuple(range(1, n + 1)), 1) for n in (3, 12, 2, 3, 2, 3, 12)]
+    prepared = Prepared(tuple((row,) for row in rows))
+    model, sizes = build(kind), []
+    found = score(model, prepared, batch_size=100, batch_tokens=9, on_progress=sizes.append)
+    assert sizes == [1, 1, 3, 2]
+    for one, two in zip(found, score(model, prepared, batch_size=1), strict=True):
+        assert [t for t, _ in one] == pytest.approx([t for t, _ in two], abs=1e-4)
+    # The answers to one prompt are never parted.
+    together = Prepared(((rows[1], rows[6]),))
+    assert score(build("llama"), together, batch_size=100, batch_tokens=9)[0][0][1] == 11
+
+
 def test_out_of_memory_halves_the_batch(
     monkeypatch: pytest.MonkeyPatch, words: PreTrainedTokenizerFast
 ) -> None:

@@ -17,6 +17,7 @@ import tiny
 from expunge import miniature
 from expunge.data.text import Pair, Question, Text
 from expunge.errors import DataError
+from expunge.evaluation.likelihood import score
 from expunge.evaluation.looks import LookKind, OutputLook, RepresentationLook
 from expunge.model.boundaries import BoundaryStore
 from expunge.training.watch import Point
@@ -165,6 +166,38 @@ def test_the_likelihood_of_the_right_choice_by_hand(base: Any, tokenizer: Any, h
     assert point.forget == pytest.approx(1 - kept, abs=1e-3)
 
 
+@every_kind
+def test_parts_measured_together_are_as_each_alone(
+    kind: LookKind, base: Any, tokenizer: Any, world: miniature.World, held: Any
+) -> None:
+    """Texts of unequal lengths on both sides: none takes another's numbers."""
+    texts = [Text(one.text[: 20 + 25 * at]) for at, one in enumerate(held["forget_texts"])]
+    pairs = [
+        Pair(f"{one.opening} {one.rude}", f"{one.opening} {one.neutral}")
+        for one in world.held_out_pairs[:5]
+    ]
+    given = {**held, "forget_questions": [], "forget_texts": texts}
+    changed = load(miniature.oracle_directory()).state_dict()
+    for some in ({**given, "pairs": pairs}, held, given):
+        look = look_at(base, tokenizer, kind, some)
+        assert len(look.parts) >= 3
+        with weights(base, changed):
+            look()
+            for name, part in look.parts.items():
+                alone = score(base, part.prepared, batch_size=1)
+                assert look.raw[name] == pytest.approx(part.value(alone), abs=1e-5)
+
+
+def test_a_true_wording_beside_the_choices_is_not_asked(
+    base: Any, tokenizer: Any, held: Any
+) -> None:
+    """It may be the longest, and no measure of a look reads it."""
+    asked = [replace(one, truth=f"{one.truth} indeed") for one in held["forget_questions"]]
+    look = look_at(base, tokenizer, "likelihood", held, forget_questions=asked)
+    assert {len(rows) for rows in look.parts["forget_questions"].prepared.groups} == {4}
+    assert look.base == look_at(base, tokenizer, "likelihood", held).base
+
+
 def planted(look: OutputLook, base: dict[str, float], now: dict[str, float]) -> Point:
     """The point where the parts measure these numbers."""
     look.base = base
@@ -270,8 +303,25 @@ def test_a_base_that_guesses_is_an_error(
     with pytest.raises(DataError, match="no better than by guessing") as caught:
         look_at(base, tokenizer, kind, held, forget_questions=guessed)
     assert "forget questions: 0.2" in caught.value.got
-    least = {"accuracy": "0.05", "likelihood": "0.02"}[kind]
+    least, other = {"accuracy": ("0.05", "representation"), "likelihood": ("0.02", "accuracy")}[
+        kind
+    ]
     assert "chance 0.250" in caught.value.got and f"{least} above chance" in caught.value.allowed
+    assert f"reward={other}" in caught.value.fix and kind in caught.value.what
+
+
+def test_a_little_above_chance_is_enough_by_likelihood_alone(
+    base: Any, tokenizer: Any, held: Any
+) -> None:
+    for kind, known in (("accuracy", False), ("likelihood", True)):
+        look = look_at(base, tokenizer, kind, held)
+        look.base["forget_questions"] = 0.28
+        if known:
+            look._check_known()
+            assert planted(look, look.base, dict(look.base)) == Point(0.0, 1.0)
+        else:
+            with pytest.raises(DataError, match="by accuracy"):
+                look._check_known()
 
 
 # ---- activations alone

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from expunge import miniature
-from expunge.evaluation.looks import LookKind, OutputLook
-from expunge.metalearning.looking import look_at
+from expunge.evaluation.looks import LOOK_KINDS, LookKind, OutputLook
+from expunge.metalearning.looking import kind_of, look_at
 from expunge.recipe import Recipe
 from expunge.workbench import Workbench
 
@@ -34,6 +34,12 @@ def recipe(files: dict[str, Path], **changes: Any) -> Recipe:
             **changes,
         }
     )
+
+
+def test_looks_are_by_likelihood_unless_asked_otherwise(files: dict[str, Path]) -> None:
+    own = recipe(files)
+    assert own.questions and kind_of(own) == "likelihood"
+    assert [kind_of(own.updated(reward=kind)) for kind in LOOK_KINDS] == list(LOOK_KINDS)
 
 
 @pytest.mark.parametrize("kind", ["accuracy", "likelihood"])

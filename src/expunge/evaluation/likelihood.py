@@ -42,13 +42,15 @@ def score(
     prepared: Prepared,
     *,
     batch_size: int,
+    batch_tokens: int | None = None,
     on_progress: OnProgress | None = None,
 ) -> list[list[Scored]]:
     """Log-probability and token count of each row of each group, in the order prepared.
 
-    Batches hold up to ``batch_size`` rows, longest first, so that a shortage of memory shows at
-    once: it halves the batch for the rest of the call. The model's training flags come back as
-    they were; log-softmax is computed in float32 whatever the model's dtype.
+    Batches hold up to ``batch_size`` rows and ``batch_tokens`` tokens, padding included, but never
+    part the answers to one prompt. The longest come first, so that a shortage of memory shows at
+    once: it halves the rows of a batch for the rest of the call. The model's training flags come
+    back as they were; log-softmax is computed in float32 whatever the model's dtype.
 
     Raises:
         DataError: a row is longer than the model's positions.
@@ -62,7 +64,7 @@ def score(
     at = 0
     with evaluating(model), torch.inference_mode():
         while at < len(jobs):
-            batch = _take(jobs[at:], batch_size)
+            batch = _take(jobs[at:], batch_size, batch_tokens)
             places = [place for job in batch for place, _ in job]
             rows = [row for job in batch for _, row in job]
             try:
@@ -128,8 +130,10 @@ def _length(job: Job) -> int:
     return max(len(row.ids) for _, row in job)
 
 
-def _take(jobs: Sequence[Job], batch_size: int) -> list[Job]:
-    """The first jobs with up to ``batch_size`` rows together; at least one job."""
+def _take(jobs: Sequence[Job], batch_size: int, batch_tokens: int | None) -> list[Job]:
+    """The first jobs with up to ``batch_size`` rows and ``batch_tokens`` tokens; at least one."""
+    if batch_tokens is not None:
+        batch_size = min(batch_size, batch_tokens // _length(jobs[0]))
     rows = list(accumulate(len(job) for job in jobs[:batch_size]))
     return list(jobs[: max(1, sum(count <= batch_size for count in rows))])
 

@@ -40,12 +40,13 @@ if TYPE_CHECKING:
 
 LookKind = Literal["accuracy", "likelihood", "representation"]
 LOOK_KINDS: tuple[str, ...] = get_args(LookKind)
-# A base this little above chance has nothing to lose that could be seen: in accuracy, and in
-# probability, which differs less between choices and is an average of finer things.
+# A base this little above chance has nothing to lose that could be seen: in accuracy, which moves
+# by whole answers, and in the probability of the right choice, whose range is narrower.
 LEAST_KNOWN = 0.05
 LEAST_LIKELY = 0.02
-# Tokens of a batch: many for questions, whose choices share a prompt; for texts, of unequal
-# length, fewer, so that little is padded.
+# Rows and tokens of a batch. A question's prompt counts once for each choice, though it is run
+# once; texts differ more in length, so that large batches of them would be mostly padding.
+MOST_ROWS = 512
 QUESTION_TOKENS = 8192
 TEXT_TOKENS = 2048
 
@@ -141,10 +142,15 @@ class OutputLook:
 
         def ask(name: str, questions: Sequence[Question]) -> None:
             prepared = prepare_questions(tokenizer, questions, max_tokens=max_tokens)
+            # Nothing is asked of the true wording where it is none of the choices.
+            choices = [
+                (question, rows[: len(question.choices)])
+                for question, rows in zip(questions, prepared.groups, strict=True)
+            ]
             fitting = [
                 (question, rows)
-                for question, rows in zip(questions, prepared.groups, strict=True)
-                if all(row.start < len(row.ids) for row in rows[: len(question.choices)])
+                for question, rows in choices
+                if all(row.start < len(row.ids) for row in rows)
             ]
             if fitting:
                 asked, groups = zip(*fitting, strict=True)
@@ -210,12 +216,13 @@ class OutputLook:
         for name, part in self.parts.items():
             known = self.base[name]
             if isinstance(part, _Questions) and not known >= part.chance + part.least:
+                other = "reward=accuracy" if part.by == "likelihood" else "reward=representation"
                 raise DataError(
                     what="The base answers these questions no better than by guessing, so a loss "
-                    "could not be seen",
+                    f"could not be seen by {part.by}",
                     got=f"{name.replace('_', ' ')}: {known:.3f}, chance {part.chance:.3f}",
                     allowed=f"at least {part.least} above chance on validation",
-                    fix="give questions that the model can answer, or --set reward=representation",
+                    fix=f"give questions that the model can answer, or --set {other}",
                 )
 
 
@@ -278,18 +285,17 @@ def _scored(
     """Rows of all parts of a kind, scored together: fewer and larger products than part by part.
 
     Args:
-        tokens: at most so many in a batch, were all rows as long as the longest.
+        tokens: at most so many in a batch.
     """
     some = {name: part.prepared.groups for name, part in parts.items() if isinstance(part, kind)}
     groups = tuple(group for own in some.values() for group in own)
-    longest = max((len(row.ids) for group in groups for row in group), default=1)
-    found = iter(score(model, Prepared(groups), batch_size=max(1, tokens // longest)))
+    found = iter(score(model, Prepared(groups), batch_size=MOST_ROWS, batch_tokens=tokens))
     return {name: list(islice(found, len(own))) for name, own in some.items()}
 
 
 def _chosen(question: Question, rows: Sequence[Scored]) -> float:
     """Probability of the right choice among the choices, by mean nats/token."""
-    means = [total / max(1, tokens) for total, tokens in rows[: len(question.choices)]]
+    means = [total / max(1, tokens) for total, tokens in rows]
     best = max(means)
     weights = [math.exp(mean - best) for mean in means]
     return weights[question.answer] / sum(weights)
