@@ -5,9 +5,8 @@
 The textbook loop is RMU over whole models (benchmarks/textbook.py), with the demo's steps, batch
 and texts. Between two of its runs: `expunge run --tradeoff learned` from the opened base on,
 prefix, all episodes, looks, the last run and the closer look at the front included, the final test
-left out.
-Times are wall seconds in one process. A round has the textbook loop before and after, since a
-machine's speed drifts: its ratio is to their mean, and the median of rounds is reported.
+left out. Times are wall seconds in one process. A round has the textbook loop before and after,
+since a machine's speed drifts: its ratio is to their mean, and the median of rounds is reported.
 """
 
 from __future__ import annotations

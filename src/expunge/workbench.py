@@ -310,6 +310,7 @@ class Workbench:
             # Probes are fitted again on resume; they must come out the same.
             "directions": self._directions(settled),
             **({"policy": _digest(recipe.policy_from)} if recipe.policy_from else {}),
+            # A state that was found by other looks is not gone on with, whatever "auto" means.
             **({"looks": kind_of(recipe)} if recipe.tradeoff in EXPLORING else {}),
             "versions": [torch.__version__, sklearn.__version__],
         }

@@ -235,9 +235,13 @@ def test_a_batch_holds_so_many_tokens(kind: str, words: PreTrainedTokenizerFast)
     assert sizes == [1, 1, 3, 2]
     for one, two in zip(found, score(model, prepared, batch_size=1), strict=True):
         assert [t for t, _ in one] == pytest.approx([t for t, _ in two], abs=1e-4)
-    # The answers to one prompt are never parted.
-    together = Prepared(((rows[1], rows[6]),))
-    assert score(build("llama"), together, batch_size=100, batch_tokens=9)[0][0][1] == 11
+
+
+def test_answers_that_share_a_prompt_are_not_parted() -> None:
+    rows = tuple(Row((1, 2, 3, *range(4, n)), 3) for n in (9, 12))
+    sizes: list[int] = []
+    score(build("llama"), Prepared((rows,)), batch_size=1, batch_tokens=9, on_progress=sizes.append)
+    assert sizes == [2]
 
 
 def test_out_of_memory_halves_the_batch(

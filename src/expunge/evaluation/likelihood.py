@@ -47,10 +47,11 @@ def score(
 ) -> list[list[Scored]]:
     """Log-probability and token count of each row of each group, in the order prepared.
 
-    Batches hold up to ``batch_size`` rows and ``batch_tokens`` tokens, padding included, but never
-    part the answers to one prompt. The longest come first, so that a shortage of memory shows at
-    once: it halves the rows of a batch for the rest of the call. The model's training flags come
-    back as they were; log-softmax is computed in float32 whatever the model's dtype.
+    Batches hold up to ``batch_size`` rows and ``batch_tokens`` tokens (rows times the longest, a
+    prompt counted for each of its answers), but never part answers that share their prompt's
+    computation. The longest come first, so that a shortage of memory shows at once: it halves the
+    rows of a batch for the rest of the call. The model's training flags come back as they were;
+    log-softmax is computed in float32 whatever the model's dtype.
 
     Raises:
         DataError: a row is longer than the model's positions.

@@ -279,15 +279,15 @@ class RepresentationLook:
 def _scored(
     model: PreTrainedModel,
     parts: Mapping[str, _Questions | _Texts],
-    kind: type[_Questions | _Texts],
+    of: type[_Questions | _Texts],
     tokens: int,
 ) -> dict[str, list[list[Scored]]]:
     """Rows of all parts of a kind, scored together: fewer and larger products than part by part.
 
     Args:
-        tokens: at most so many in a batch.
+        tokens: of a batch, at most.
     """
-    some = {name: part.prepared.groups for name, part in parts.items() if isinstance(part, kind)}
+    some = {name: part.prepared.groups for name, part in parts.items() if isinstance(part, of)}
     groups = tuple(group for own in some.values() for group in own)
     found = iter(score(model, Prepared(groups), batch_size=MOST_ROWS, batch_tokens=tokens))
     return {name: list(islice(found, len(own))) for name, own in some.items()}

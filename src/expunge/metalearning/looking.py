@@ -26,8 +26,8 @@ Look = OutputLook | RepresentationLook
 def kind_of(recipe: Recipe) -> LookKind:
     """What looks measure: likelihood where the recipe leaves it open.
 
-    On held-back questions the probability of the right choice tells the accuracy on further ones
-    better than accuracy does (LOG.md, "Looks by likelihood").
+    On held-back questions the probability of the right choice told the accuracy on further ones
+    better than accuracy did (LOG.md, "Looks by likelihood").
     """
     return "likelihood" if recipe.reward == "auto" else recipe.reward
 
