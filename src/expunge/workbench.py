@@ -182,7 +182,7 @@ class Workbench:
                 allowed="policy_from together with tradeoff learned",
                 fix="add --tradeoff learned, or leave policy_from out",
             )
-        lessons(Path(folder))
+        lessons(Path(folder), kind_of(recipe))
 
     def _check_prompts(self, recipe: Recipe) -> None:
         """Prompts that cannot be continued are told before anything is trained."""

@@ -51,6 +51,7 @@ def test_another_seed_trains_otherwise_with_the_same_policy(world, teacher, tmp_
         ({"tradeoff": "search"}, "learned trade-off alone"),
         ({"policy_from": "nowhere"}, "no learned policy"),
         ({"objective": "rmu"}, "other knobs"),
+        ({"reward": "likelihood"}, "other looks"),
     ],
 )
 def test_what_cannot_be_used_is_refused(world, teacher, tmp_path, change, word):

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from expunge.errors import RecipeError, TrainingError
+from expunge.evaluation.looks import LookKind
 from expunge.files import write_text
 from expunge.training.policy import Trajectory
 from expunge.training.watch import Point
@@ -82,14 +83,17 @@ class EpisodeLog:
 
     Attributes:
         context: fingerprint of settings, data and base weights.
+        looks: what they measured, for those who learn from these episodes.
     """
 
     path: Path
     context: str
+    looks: LookKind = "likelihood"
 
     def write(self, episodes: Sequence[Episode]) -> None:
         """The whole log anew, atomically."""
-        lines = [{"context": self.context}, *(one.to_dict() for one in episodes)]
+        header = {"context": self.context, "looks": self.looks}
+        lines = [header, *(one.to_dict() for one in episodes)]
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in lines))
 
     def read(self) -> list[Episode]:
@@ -97,7 +101,8 @@ class EpisodeLog:
         if not self.path.exists():
             return []
         try:
-            context, episodes = _read(self.path)
+            header, episodes = _read(self.path)
+            context = str(header["context"])
         except (ValueError, KeyError, TypeError) as error:
             raise TrainingError(
                 what=f"The episodes of this run in {self.path.name} cannot be read",
@@ -115,20 +120,23 @@ class EpisodeLog:
         return episodes
 
 
-def lessons(folder: Path) -> list[Episode]:
+def lessons(folder: Path, looks: LookKind) -> list[Episode]:
     """The episodes that taught a finished run's policy, in their order.
 
+    Args:
+        looks: what the looks measure that the policy is to act on.
+
     Raises:
-        RecipeError: no run with a learned trade-off left any there.
+        RecipeError: no run with a learned trade-off left any there, or its looks measured something
+            else: a policy acts on what it sees.
     """
     path = folder / EPISODES_NAME
     try:
-        _, episodes = _read(path)
+        header, episodes = _read(path)
         # The run that follows the episodes teaches nothing.
         found = [one for one in episodes if one.features]
         if not found:
             raise ValueError("no episode that a policy could learn from")
-        return found
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RecipeError(
             what="There is no learned policy in the folder that policy_from names",
@@ -136,8 +144,17 @@ def lessons(folder: Path) -> list[Episode]:
             allowed="the folder of a finished run with --tradeoff learned",
             fix="check the path, or leave policy_from out",
         ) from error
+    if header.get("looks") != looks:
+        raise RecipeError(
+            what="The policy that policy_from names learned from other looks than this run has",
+            got=f"looks by {header.get('looks', 'an unknown measure')}",
+            allowed=f"looks by {looks}",
+            fix="set reward as that run had it, or leave policy_from out",
+        )
+    return found
 
 
-def _read(path: Path) -> tuple[str, list[Episode]]:
-    first, *lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-    return str(first["context"]), [Episode.from_dict(line) for line in lines]
+def _read(path: Path) -> tuple[dict[str, Any], list[Episode]]:
+    """The first line, and the episodes of the others."""
+    header, *lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    return dict(header), [Episode.from_dict(line) for line in lines]

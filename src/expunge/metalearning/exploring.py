@@ -53,7 +53,7 @@ def explore(
     episodes = Episodes(learning, recipe, archive)
     if episodes.count and not episodes.searches:
         archive.fallback = 0
-    log = EpisodeLog(folder / EPISODES_NAME, stage.context)
+    log = EpisodeLog(folder / EPISODES_NAME, stage.context, episodes.kind)
     _play_all(episodes, log, archive)
     played = list(episodes.played)
     if not episodes.searches:

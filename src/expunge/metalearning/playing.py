@@ -92,11 +92,11 @@ class Episodes:
     def taught(self) -> list[Trajectory]:
         """What another run's episodes showed.
 
-        Raises RecipeError if there are none, or of other knobs.
+        Raises RecipeError if there are none, or of other looks or knobs.
         """
         if not self.recipe.policy_from:
             return []
-        episodes = lessons(Path(self.recipe.policy_from))
+        episodes = lessons(Path(self.recipe.policy_from), self.kind)
         own = [scale.knob.name for scale in self.scales]
         other = next((list(k) for one in episodes for k in one.knobs if list(k) != own), None)
         if other is not None:
