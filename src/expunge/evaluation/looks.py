@@ -40,10 +40,8 @@ if TYPE_CHECKING:
 
 LookKind = Literal["accuracy", "likelihood", "representation"]
 LOOK_KINDS: tuple[str, ...] = get_args(LookKind)
-# A base this little above chance has nothing to lose that could be seen: in accuracy, which moves
-# by whole answers, and in the probability of the right choice, whose range is narrower.
+# A base this little above chance has nothing to lose that could be seen.
 LEAST_KNOWN = 0.05
-LEAST_LIKELY = 0.02
 # Rows and tokens of a batch. A question's prompt counts once for each choice, though it is run
 # once; texts differ more in length, so that large batches of them would be mostly padding.
 MOST_ROWS = 512
@@ -76,11 +74,6 @@ class _Questions:
     @property
     def chance(self) -> float:
         return sum(question.chance for question in self.questions) / len(self.questions)
-
-    @property
-    def least(self) -> float:
-        """How far above chance a base must be."""
-        return LEAST_KNOWN if self.by == "accuracy" else LEAST_LIKELY
 
 
 @dataclass(frozen=True)
@@ -200,7 +193,7 @@ class OutputLook:
             return 0.0
         if isinstance(part, _Texts):
             return math.exp(-max(0.0, now - base))
-        return min(max((now - part.chance) / max(base - part.chance, part.least), 0.0), 1.0)
+        return min(max((now - part.chance) / max(base - part.chance, LEAST_KNOWN), 0.0), 1.0)
 
     def _check_sides(self) -> None:
         for side in ("forget", "retain"):
@@ -215,13 +208,13 @@ class OutputLook:
     def _check_known(self) -> None:
         for name, part in self.parts.items():
             known = self.base[name]
-            if isinstance(part, _Questions) and not known >= part.chance + part.least:
+            if isinstance(part, _Questions) and not known >= part.chance + LEAST_KNOWN:
                 other = "reward=accuracy" if part.by == "likelihood" else "reward=representation"
                 raise DataError(
                     what="The base answers these questions no better than by guessing, so a loss "
                     f"could not be seen by {part.by}",
                     got=f"{name.replace('_', ' ')}: {known:.3f}, chance {part.chance:.3f}",
-                    allowed=f"at least {part.least} above chance on validation",
+                    allowed=f"at least {LEAST_KNOWN} above chance on validation",
                     fix=f"give questions that the model can answer, or --set {other}",
                 )
 

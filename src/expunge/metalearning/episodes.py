@@ -88,7 +88,7 @@ class EpisodeLog:
 
     path: Path
     context: str
-    looks: LookKind = "likelihood"
+    looks: LookKind
 
     def write(self, episodes: Sequence[Episode]) -> None:
         """The whole log anew, atomically."""

@@ -20,9 +20,7 @@ from expunge.errors import DivergedError, RecipeError
 from expunge.evaluation.looks import LookKind, OutputLook
 from expunge.evaluation.pareto import hypervolume
 from expunge.learning import Learning, objective_of
-from expunge.metalearning.archive import (
-    Archive,
-)
+from expunge.metalearning.archive import Archive
 from expunge.metalearning.episodes import Ended, Episode, lessons
 from expunge.metalearning.looking import Look, kind_of, look_at
 from expunge.metalearning.searching import trial
