@@ -21,7 +21,7 @@ from rich.console import Console
 
 from expunge.files import write_json
 from expunge.metalearning.archive import Archive
-from expunge.metalearning.choosing import closer
+from expunge.metalearning.choosing import settle
 from expunge.metalearning.playing import Episodes
 from expunge.metalearning.searching import constant
 from expunge.processes import process_pool
@@ -48,7 +48,7 @@ def fixed_cell(bench: Workbench, recipe: Recipe, rate: float, weight: float) -> 
         usual = {scale.knob.name: scale.start_share for scale in episodes.scales}
         shares = {**usual, "lr": rate, "retain_weight": weight}
         played, _ = episodes.play(constant(episodes.scales, shares), 0, steps=recipe.steps)
-        archive.entries = closer(learning, recipe, archive, episodes.kind)
+        settle(episodes, archive)
         archive.entries = [archive.best]
         test = points_on_test(learning, episodes)[0]
         best = archive.best

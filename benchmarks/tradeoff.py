@@ -39,7 +39,7 @@ from expunge.evaluation.pareto import hypervolume
 from expunge.files import write_json
 from expunge.learning import Learning
 from expunge.metalearning.archive import Archive
-from expunge.metalearning.choosing import closer
+from expunge.metalearning.choosing import settle
 from expunge.metalearning.looking import look_at
 from expunge.metalearning.playing import Episodes
 from expunge.metalearning.searching import HIGH, LOW, constant
@@ -170,7 +170,7 @@ def cell(bench: Workbench, recipe: Recipe, method: str) -> dict[str, Any]:
         actor = PLAYERS[method](episodes, recipe.episodes)
         played = time.perf_counter() - start
         last, _ = episodes.play(actor, recipe.episodes, steps=recipe.steps)
-        archive.entries = closer(learning, recipe, archive, episodes.kind)
+        settle(episodes, archive)
         seconds = time.perf_counter() - start
         test = points_on_test(learning, episodes)
         patch = Patch.load(archive.path(archive.best))

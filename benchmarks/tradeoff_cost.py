@@ -5,7 +5,8 @@
 The textbook loop is RMU over whole models (benchmarks/textbook.py), with the demo's steps, batch
 and texts. Between two of its runs: `expunge run --tradeoff learned` from the opened base on,
 prefix, all episodes, looks, the last run and the closer look at the front included, the final test
-left out. Times are wall seconds in one process. A round has the textbook loop before and after,
+left out, episodes in processes beside as that command has them by default. Times are wall seconds,
+an episode's too, whatever ran beside it. A round has the textbook loop before and after,
 since a machine's speed drifts: its ratio is to their mean, and the median of rounds is reported.
 """
 
@@ -28,6 +29,7 @@ from expunge.files import write_json
 from expunge.metalearning.episodes import EPISODES_NAME
 from expunge.metalearning.exploring import explore
 from expunge.miniature import base_directory, check_data
+from expunge.players import players_of
 from expunge.provenance import environment
 from expunge.recipe import Recipe
 from expunge.training.loop import Stage
@@ -78,7 +80,9 @@ def learned_seconds(recipe: Recipe) -> tuple[float, list[float]]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         start = time.perf_counter()
-        explore(bench.learning, recipe, folder, Stage(state=folder / "state.safetensors"))
+        with players_of(recipe, bench, None) as players:
+            stage = Stage(state=folder / "state.safetensors")
+            explore(bench.learning, recipe, folder, stage, players)
         seconds = time.perf_counter() - start
         # Without the first line, the first episode, which is a whole run, and the last run.
         lines = (folder / EPISODES_NAME).read_text(encoding="utf-8").splitlines()[2:-1]

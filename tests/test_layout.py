@@ -18,11 +18,11 @@ import expunge
 
 # A room is a module or a package directly under expunge.
 ROOMS = (
-    "__main__ cli console tables card report compare demo jobs cluster processes preloaded "
-    "plan measure interference compose picking run comparison folder workbench measuring "
+    "__main__ cli console tables card report compare demo jobs cluster preloaded plan measure "
+    "interference compose picking run players benches comparison folder workbench measuring "
     "editing metalearning learning probing cuts steering published recipe functions edits "
     "probes evaluation training defaults presets model objectives data miniature provenance "
-    "progress records registry drawing masked files errors"
+    "progress processes records registry drawing masked files errors"
 ).split()
 
 PACKAGE = Path(expunge.__file__).parent

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 import json
+import multiprocessing
 import os
 import signal
 import sys
+import time
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,8 @@ from safetensors.torch import save_file
 from transformers import MptConfig
 
 import tiny
+from expunge import benches, processes, registry
 from expunge import jobs as module
-from expunge import processes, registry
 from expunge.data.sources import read_texts
 from expunge.errors import (
     DataError,
@@ -148,7 +150,7 @@ class _Spilled:
 
 
 def _hold(path: Path) -> None:
-    module._benches["one"] = _Spilled(path)  # type: ignore[assignment]
+    benches._kept["one"] = _Spilled(path)  # type: ignore[assignment]
 
 
 def test_processes_leave_no_files_behind(tmp_path: Path) -> None:
@@ -160,13 +162,31 @@ def test_processes_leave_no_files_behind(tmp_path: Path) -> None:
     assert not path.exists()
 
 
+def _wait(begun: Path) -> None:
+    begun.touch()
+    signal.pause()
+
+
+def test_a_pool_that_is_stopped_ends_by_itself(tmp_path: Path) -> None:
+    """One that is stopped while it waits holds the queue's lock: the other must not wait for it."""
+    others = {*multiprocessing.active_children()}
+    pool = processes.process_pool(2)
+    for nap in [pool.submit(time.sleep, 0.5) for _ in range(2)]:
+        nap.result()
+    begun = tmp_path / "begun"
+    pool.submit(processes.attempt, _wait, begun)
+    while not begun.exists():
+        time.sleep(0.01)
+    workers = {*multiprocessing.active_children()} - others
+    processes.stop_processes(pool, others)
+    assert len(workers) == 2 and [worker.exitcode for worker in workers] == [0, 0]
+
+
 def _die(_job: Job) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_worker_that_was_killed(tmp_path: Path, monkeypatch) -> None:
-    import multiprocessing
-
     bystander = multiprocessing.get_context("spawn").Process(target=signal.pause)
     bystander.start()
     recipe = Recipe.build({"model": "m", "forget": "f", "retain": "r"})

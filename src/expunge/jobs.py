@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import (
     FIRST_COMPLETED,
@@ -19,22 +18,15 @@ from concurrent.futures import (
 )
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 
-from expunge import errors
-from expunge.errors import ExpungeError, ResourceError
-from expunge.processes import GRACE, at_end, process_pool, working
+from expunge.errors import ExpungeError
+from expunge.processes import Failure, attempt, lost, process_pool, stop_processes
 from expunge.progress import Advance, Progress, Silent
 from expunge.recipe import Recipe
 from expunge.records import RunRecord
-
-if TYPE_CHECKING:
-    from expunge.workbench import Workbench
-
-# One for each function of a batch; what a bench holds is a model and some boundaries.
-BENCHES = 2
 
 
 @dataclass(frozen=True)
@@ -158,20 +150,7 @@ class Workers:
         if kind is None or self.ray:
             self._pool.shutdown(wait=True, cancel_futures=True)
             return
-        # Runs under way save their state and stop; those that wait never start.
-        self._pool.shutdown(wait=False, cancel_futures=True)
-        processes = {*multiprocessing.active_children()} - self._others
-        for process in processes:
-            process.terminate()
-        try:
-            latest = time.monotonic() + GRACE
-            for process in processes:
-                process.join(max(0.0, latest - time.monotonic()))
-        finally:  # a second Ctrl-C waits no longer
-            # One that died while it sent a result leaves the others waiting for it forever.
-            for process in processes:
-                if process.is_alive():
-                    process.kill()
+        stop_processes(self._pool, self._others)
 
     def do(
         self, jobs: Sequence[AnyJob], rescue: Rescue = lambda _job, _error: None
@@ -191,16 +170,8 @@ class Workers:
                     return _in_pool(jobs, self._pool, advance, rescue)
                 return _here(jobs, advance, rescue)
         except BrokenExecutor as error:
-            raise self._worker_lost(error) from error
-
-    def _worker_lost(self, error: BrokenExecutor) -> ResourceError:
-        silent = "it ended without a word, as when the system runs out of memory"
-        return ResourceError(
-            what="A process that did some of the runs was killed",
-            got=str(error) if self.ray else silent,
-            allowed=f"memory for {'a run a core' if self.ray else f'{self.count} runs at a time'}",
-            fix="the same command goes on where it stopped; free some memory or use fewer workers",
-        )
+            memory = "a run a core" if self.ray else f"{self.count} runs at a time"
+            raise lost("did some of the runs", memory, str(error) if self.ray else "") from error
 
 
 def _here(jobs: Sequence[AnyJob], advance: Advance, rescue: Rescue) -> list[RunRecord]:
@@ -250,7 +221,7 @@ def _in_pool(
     jobs: Sequence[AnyJob], pool: Pool, advance: Advance, rescue: Rescue
 ) -> list[RunRecord]:
     waiting = dict(enumerate(jobs))
-    futures: dict[Future[RunRecord | _Failure], int] = {}
+    futures: dict[Future[RunRecord | Failure], int] = {}
     found: dict[int, RunRecord] = {}
     while waiting or futures:
         for index in _ready(waiting, [jobs[index] for index in futures.values()]):
@@ -258,79 +229,37 @@ def _in_pool(
         done, _ = wait(futures, return_when=FIRST_COMPLETED)
         for future in done:
             index, result = futures.pop(future), future.result()
-            if isinstance(result, _Failure):
-                error = _KINDS[result.kind](**result.parts)
-                record = rescue(jobs[index], error)
+            if isinstance(result, Failure):
+                record = rescue(jobs[index], result.error)
                 if record is None:
-                    raise error
+                    raise result.error
                 result = record
             found[index] = result
             advance(1, _name(jobs[index]))
     return [found[index] for index in range(len(jobs))]
 
 
-_benches: dict[str, Workbench] = {}
-_KINDS: dict[str, type[ExpungeError]] = {
-    name: kind for name, kind in vars(errors).items() if name.endswith("Error")
-}
-
-
-def _release() -> None:
-    """Remove the files that benches have made."""
-    for bench in _benches.values():
-        bench.drop_boundaries()
-
-
-at_end.append(_release)
-
-
-@dataclass(frozen=True)
-class _Failure:
-    """An error on its way to the parent: one with keyword arguments does not travel by itself."""
-
-    kind: str
-    parts: dict[str, str]
-
-
-def try_job(job: AnyJob) -> RunRecord | _Failure:
+def try_job(job: AnyJob) -> RunRecord | Failure:
     """A job's record, or its error."""
-    try:
-        with working():
-            return _do(job)
-    except ExpungeError as error:
-        parts = {name: getattr(error, name) for name in ("what", "got", "allowed", "fix")}
-        return _Failure(type(error).__name__, parts)
+    return attempt(_do, job)
 
 
 def _do(job: AnyJob) -> RunRecord:
+    from expunge.benches import kept_bench
     from expunge.compose import compose, control
     from expunge.interference.joint import joint, joint_recipes
     from expunge.interference.sequence import sequence
     from expunge.run import run
 
     if isinstance(job, JointJob):
-        benches = [_bench(recipe) for recipe in joint_recipes(job.recipes)]
+        benches = [kept_bench(recipe) for recipe in joint_recipes(job.recipes)]
         return joint(job.recipes, job.out, benches=benches, balance=job.balance, fresh=job.fresh)
     if isinstance(job, SequenceJob):
-        bench = _bench(job.recipes[0])
+        bench = kept_bench(job.recipes[0])
         return sequence(job.recipes, job.out, before=job.before, bench=bench, fresh=job.fresh)
-    bench = _bench(job.recipe)
+    bench = kept_bench(job.recipe)
     if job.sum_of:
         return compose(job.recipe, job.sum_of, job.out, bench=bench, fresh=job.fresh)
     if job.control_of is not None:
         return control(job.recipe, job.control_of, job.out, bench=bench, fresh=job.fresh)
     return run(job.recipe, job.out, bench=bench, fresh=job.fresh)
-
-
-def _bench(recipe: Recipe) -> Workbench:
-    """This process's bench for a recipe: one that was used lately, or a new one."""
-    from expunge.workbench import Workbench
-
-    key = recipe.bench_key
-    bench = _benches.pop(key, None) or Workbench(recipe)
-    for other in _benches.values():
-        other.drop_boundaries()  # the most of what a bench holds
-    _benches[key] = bench  # the last in the order is the latest used
-    while len(_benches) > BENCHES:
-        _benches.pop(next(iter(_benches)))
-    return bench

@@ -1,7 +1,7 @@
 """Processes that work beside this one: how they begin, are stopped, and end.
 
 Each works on one thread. They save what they do and end when they are told to, and when the process
-that began them is gone, whatever ended it.
+that began them is gone, whatever ended it. Errors of theirs that are told to users travel back.
 """
 
 from __future__ import annotations
@@ -12,14 +12,21 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
-from typing import Any
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 import torch
 
+from expunge import errors
+from expunge.errors import ExpungeError, ResourceError
+
+Given = ParamSpec("Given")
+Result = TypeVar("Result")
 # Seconds for a process to save its state and end.
 GRACE = 60
 # What a process calls before it ends.
@@ -33,7 +40,8 @@ _stopping: list[bool] = []
 def working() -> Iterator[None]:
     """While a process does something that is to be saved before it ends.
 
-    Raises KeyboardInterrupt in a process that was told to stop.
+    A process that was told to stop meanwhile ends here. Raises KeyboardInterrupt in one that was
+    told before.
     """
     if _stopping:
         raise KeyboardInterrupt
@@ -42,6 +50,10 @@ def working() -> Iterator[None]:
         yield
     finally:
         _busy.clear()
+        if _stopping:
+            # Nobody waits for what it found. Back at the queue it might wait forever itself: one
+            # that was stopped while it waited there has the queue's lock for good.
+            _end()
 
 
 def process_pool(count: int) -> ProcessPoolExecutor:
@@ -56,6 +68,76 @@ def process_pool(count: int) -> ProcessPoolExecutor:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["expunge.preloaded"])
     return ProcessPoolExecutor(count, mp_context=context, initializer=prepare_process)
+
+
+class Stoppable(Protocol):
+    """What has others work: an executor of `concurrent.futures`, or what looks like one."""
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Start no more."""
+
+
+def stop_processes(pool: Stoppable, others: Collection[BaseProcess]) -> None:
+    """End a pool's processes: what is under way is saved, what waits never starts.
+
+    Args:
+        others: children of this process that do not belong to the pool.
+    """
+    pool.shutdown(wait=False, cancel_futures=True)
+    processes = {*multiprocessing.active_children()}.difference(others)
+    for process in processes:
+        process.terminate()
+    try:
+        latest = time.monotonic() + GRACE
+        for process in processes:
+            process.join(max(0.0, latest - time.monotonic()))
+    finally:  # a second Ctrl-C waits no longer
+        # One that died while it sent a result leaves the others waiting for it forever.
+        for process in processes:
+            if process.is_alive():
+                process.kill()
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An error on its way to the parent: one with keyword arguments does not travel by itself."""
+
+    kind: str
+    parts: dict[str, str]
+
+    @property
+    def error(self) -> ExpungeError:
+        """The error again."""
+        made: ExpungeError = getattr(errors, self.kind)(**self.parts)
+        return made
+
+
+def attempt(
+    do: Callable[Given, Result], *args: Given.args, **kwargs: Given.kwargs
+) -> Result | Failure:
+    """What a process was asked to do, or how that failed."""
+    try:
+        with working():
+            return do(*args, **kwargs)
+    except ExpungeError as error:
+        parts = {name: getattr(error, name) for name in ("what", "got", "allowed", "fix")}
+        return Failure(type(error).__name__, parts)
+
+
+def lost(what: str, memory: str, got: str = "") -> ResourceError:
+    """The error of a process that ended without a word, as when the system runs out of memory.
+
+    Args:
+        what: it did, as in "did some of the runs".
+        memory: what there must be room for.
+        got: what is known of its end.
+    """
+    return ResourceError(
+        what=f"A process that {what} was killed",
+        got=got or "it ended without a word, as when the system runs out of memory",
+        allowed=f"memory for {memory}",
+        fix="the same command goes on where it stopped; free some memory or use fewer workers",
+    )
 
 
 def prepare_process() -> None:
@@ -100,6 +182,10 @@ def _interrupt(_signal: int, _frame: Any) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     _stopping.append(True)
     if not _busy:
-        _release()
-        os._exit(0)
+        _end()
     raise KeyboardInterrupt
+
+
+def _end() -> None:
+    _release()
+    os._exit(0)

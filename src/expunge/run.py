@@ -26,6 +26,7 @@ from expunge.learning import method_of
 from expunge.measuring import Artefact, Measurements
 from expunge.model.memory import peak_bytes
 from expunge.model.patch import Patch
+from expunge.players import players_of
 from expunge.probes.probe import save_probes
 from expunge.progress import Progress, Silent, timed
 from expunge.published import published
@@ -88,6 +89,7 @@ def run(
     progress: Progress | None = None,
     bench: Workbench | None = None,
     fresh: bool = False,
+    workers: int | None = 1,
 ) -> RunRecord:
     """Train, save and measure; or go on where an interrupted run of the same recipe stopped.
 
@@ -100,6 +102,9 @@ def run(
         progress: told what is going on; default: silent.
         bench: shared with other runs of the same model and data.
         fresh: discard what ``out`` holds of an earlier run.
+        workers: processes that play the episodes of a learned or searched trade-off; None: a few,
+            where they gain (`expunge.players`). A script that asks for more than one must guard its
+            own doing by ``if __name__ == "__main__"``, since they import it.
 
     Raises:
         DataError: ``out`` holds another run.
@@ -116,7 +121,7 @@ def run(
     bench.check(recipe)
     reads = {} if fresh else _reads_so_far(out, progress)
     claim(recipe, out, fresh=fresh)
-    patch = _trained(recipe, out, bench)
+    patch = _trained(recipe, out, bench, workers)
     if own:
         bench.release_training()
     record = measured(recipe, patch, bench, reads, read_losses(out / LOSSES_NAME))
@@ -125,14 +130,15 @@ def run(
     return record
 
 
-def _trained(recipe: Recipe, out: Path, bench: Workbench) -> Artefact:
+def _trained(recipe: Recipe, out: Path, bench: Workbench, workers: int | None) -> Artefact:
     """The artefact of this run: the one in ``out``, or else made and saved there."""
     # It is written last of all training, so one that is there is whole.
     patch = load_artefact(out)
     if patch is None:
         with unclaiming(out):
             stage = Stage(out / STATE_NAME, out / LOSSES_NAME, bench.context(recipe, out))
-            trained, _ = bench.train(recipe, stage, out)
+            with players_of(recipe, bench, workers) as players:
+                trained, _ = bench.train(recipe, stage, out, players)
         probes = bench.learning.known_probes(recipe)
         if probes:
             save_probes(out / PROBES_NAME, probes, {"base_model": published(recipe.model)})

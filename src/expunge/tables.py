@@ -74,7 +74,7 @@ def print_front(console: Console, front: Sequence[Point], record: RunRecord) -> 
         title=f"front on validation: hypervolume {facts['hypervolume']:.3f} above retain {floor:g}",
         caption=f"looks: {facts['reward']}; worth: hypervolume of the point alone",
     )
-    for column in ("point", "forget", "retain", "worth", "step"):
+    for column in ("point", "forget", "retain", "worth", "step", "scale"):
         table.add_column(column, justify="right")
     table.add_column("of")
     table.add_column("")
@@ -84,6 +84,7 @@ def print_front(console: Console, front: Sequence[Point], record: RunRecord) -> 
             str(number),
             *(f"{value:.3f}" for value in (*entry.point, entry.worth)),
             str(entry.step),
+            f"{entry.scale:g}",
             "the last run" if last else f"episode {entry.episode}",
             "chosen" if entry.chosen else "",
             style="bold" if entry.chosen else None,

@@ -28,7 +28,7 @@ from expunge.learning import Learning, method_of, reads_outputs
 from expunge.measuring import Artefact, Measurements, Measuring
 from expunge.metalearning.calibration import CALIBRATION_NAME, Calibration, calibrate
 from expunge.metalearning.episodes import EPISODES_NAME, lessons
-from expunge.metalearning.exploring import explore
+from expunge.metalearning.exploring import Players, explore
 from expunge.metalearning.looking import guard, kind_of
 from expunge.model.apply import part_within
 from expunge.model.checkpoint import Checkpoint, open_model, open_tokenizer
@@ -196,7 +196,11 @@ class Workbench:
             check_prompts(tokenizer, texts, self.checkpoint.text_config, recipe.new_tokens)
 
     def train(
-        self, recipe: Recipe, stage: Stage | None = None, folder: Path | None = None
+        self,
+        recipe: Recipe,
+        stage: Stage | None = None,
+        folder: Path | None = None,
+        players: Players | None = None,
     ) -> tuple[Artefact, TrainingResult | None]:
         """One run: its patch and the log. Goes on from the stage's saved state, if there is one.
 
@@ -204,6 +208,7 @@ class Workbench:
 
         Args:
             folder: where a learned trade-off keeps its episodes and its front.
+            players: have these play its episodes, where there is a folder.
         """
         if method_of(recipe).kind == "edit":
             make = search_edit if recipe.tradeoff == "search" else make_edit
@@ -213,7 +218,7 @@ class Workbench:
             watch = guard(self.learning, recipe)
             patch, result = self.learning.train(recipe, stage, watch)
         elif folder is not None:
-            patch, result = explore(self.learning, recipe, folder, stage or Stage())
+            patch, result = explore(self.learning, recipe, folder, stage or Stage(), players)
         else:
             with tempfile.TemporaryDirectory() as name:
                 own = Stage(state=Path(name) / "state.safetensors")

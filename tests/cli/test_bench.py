@@ -6,7 +6,7 @@ import pytest
 import torch
 from small_world import LAYERS, write_lines
 
-from expunge import jobs
+from expunge import benches
 from expunge.metalearning.looking import look_at
 from expunge.model.patch import Patch
 from expunge.model.segment import Segment
@@ -178,13 +178,13 @@ def test_boundaries_can_be_dropped(world):
 
 
 def test_a_process_keeps_the_boundaries_of_one_bench(world, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(jobs, "_benches", {})
-    first = jobs._bench(recipe(world))
+    monkeypatch.setattr(benches, "_kept", {})
+    first = benches.kept_bench(recipe(world))
     cut = first.learning.cut(recipe(world))
-    assert cut.held_bytes > 0 and jobs._bench(recipe(world)) is first and cut.held_bytes > 0
-    jobs._bench(recipe(world, max_tokens=20))
+    assert cut.held_bytes > 0 and benches.kept_bench(recipe(world)) is first and cut.held_bytes > 0
+    benches.kept_bench(recipe(world, max_tokens=20))
     assert cut.held_bytes == 0
-    assert jobs._bench(recipe(world)) is first
+    assert benches.kept_bench(recipe(world)) is first
 
 
 def test_the_base_is_looked_at_once(world):

@@ -101,6 +101,15 @@ def run(
         typer.Option(metavar="DIR", help="A model never taught the function, to compare with."),
     ] = None,
     settings: Settings = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Processes that play episodes; default: 1, but one a core, at most 2 to learn, "
+            "for a small model without a GPU.",
+        ),
+    ] = None,
     fresh: Fresh = False,
     as_json: Json = False,
 ) -> None:
@@ -141,7 +150,7 @@ def run(
         given = {key: value for key, value in flags.items() if value is not None}
         chosen = Recipe.build(merge_overrides({**written, **given}, settings or []))
         check_episodes(episodes, chosen.tradeoff)
-        record = run_recipe(chosen, out, progress=console.progress(), fresh=fresh)
+        record = run_recipe(chosen, out, progress=console.progress(), fresh=fresh, workers=workers)
     if as_json:
         console.print_json({"out": str(out), **console.run_facts(out, record)})
     else:

@@ -27,7 +27,9 @@ CLEARLY = 0.1
 FRONT_FOLDER = "front"
 FRONT_NAME = "front.json"
 # Names of patches in the folder, and of what a killed process leaves beside them, with its number.
-FRONT_FILE = re.compile(r"episode\d{3,}(?:-step\d{4,}\.safetensors|\.losses\.jsonl)")
+FRONT_FILE = re.compile(
+    r"episode\d{3,}(?:-step\d{4,}(?:-scale\d\.\d)?\.safetensors|\.losses\.jsonl)"
+)
 FRONT_LEFTOVER = re.compile(rf"\.{FRONT_FILE.pattern}\.(\d+)\.tmp")
 
 
@@ -39,6 +41,7 @@ class Entry:
         episode, step: where it was seen.
         worth: hypervolume of the point alone above the floor.
         chosen: whether it is the run's own patch.
+        scale: what the change that was seen there is multiplied by.
     """
 
     episode: int
@@ -46,11 +49,18 @@ class Entry:
     point: Point
     worth: float
     chosen: bool = False
+    scale: float = 1.0
 
     @property
     def file(self) -> str:
         """Name of its patch."""
-        return f"episode{self.episode:03}-step{self.step:04}.safetensors"
+        scaled = "" if self.scale == 1 else f"-scale{self.scale:.1f}"
+        return f"episode{self.episode:03}-step{self.step:04}{scaled}.safetensors"
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        """By which the best is found: the worth; of those worth nothing, the worth above none."""
+        return self.worth, self.point.worth(0.0)
 
     @property
     def losses_file(self) -> str:
@@ -66,6 +76,7 @@ class Entry:
             "retain": self.point.retain,
             "worth": self.worth,
             "chosen": self.chosen,
+            "scale": self.scale,
             "file": self.file,
         }
 
@@ -73,7 +84,8 @@ class Entry:
     def from_dict(cls, raw: Mapping[str, Any]) -> Entry:
         """Inverse of `to_dict`."""
         point = Point(raw["forget"], raw["retain"])
-        return cls(raw["episode"], raw["step"], point, raw["worth"], raw["chosen"])
+        scale = raw.get("scale", 1.0)  # runs of before had no other
+        return cls(raw["episode"], raw["step"], point, raw["worth"], raw["chosen"], scale)
 
 
 def losses_file(episode: int) -> str:
@@ -129,14 +141,19 @@ class Archive:
         other = _best(others)
         return other if other.worth > max(0.0, best.worth - CLEARLY) else best
 
-    def prune(self) -> None:
-        """Remove the files of points that went; once it is written down that they did."""
+    def prune(self, before: int | None = None) -> None:
+        """Remove the files of points that went; once it is written down that they did.
+
+        Args:
+            before: spare the files of this episode and later ones, which may be under way.
+        """
         folder = self.folder / FRONT_FOLDER
         wanted = {name for one in self.entries for name in (one.file, one.losses_file)}
         with disk_errors(folder):
             for path in folder.glob("episode*"):
                 # A user's own file is none of this archive's.
-                if FRONT_FILE.fullmatch(path.name) and path.name not in wanted:
+                own = FRONT_FILE.fullmatch(path.name) and path.name not in wanted
+                if own and (before is None or _episode(path) < before):
                     path.unlink()
 
     def _front(self, entries: list[Entry]) -> list[Entry]:
@@ -156,8 +173,13 @@ class Archive:
         return kept
 
 
+def _episode(path: Path) -> int:
+    """Number of the episode that a file of the front is from."""
+    return int(re.split(r"\D", path.name.removeprefix("episode"), maxsplit=1)[0])
+
+
 def _best(entries: list[Entry]) -> Entry:
-    return max(entries, key=lambda entry: (entry.worth, entry.point.worth(0.0)))
+    return max(entries, key=lambda entry: entry.rank)
 
 
 def chosen(entries: list[Entry], place: int) -> list[Entry]:

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from expunge.errors import DivergedError
-from expunge.evaluation.looks import LookKind
 from expunge.evaluation.pareto import hypervolume
-from expunge.learning import Learning, reads_outputs
+from expunge.learning import reads_outputs
 from expunge.metalearning.archive import Archive, Entry, chosen_facts
 from expunge.metalearning.episodes import Episode
 from expunge.metalearning.looking import look_at
 from expunge.metalearning.playing import Episodes
 from expunge.model.patch import Patch
-from expunge.recipe import Recipe
 
 # Items of each part of the last look at the front's points.
 CLOSER = 500
+# Steps between the scales that the best point's change is tried at, and how far they go.
+SCALE_STEP = 0.1
+SCALES = (0.5, 1.5)
 
 
-def best_of(episodes: Episodes, archive: Archive) -> Entry:
-    """The point to take, once the front has been looked at closer.
+def best_of(episodes: Episodes, archive: Archive) -> tuple[Entry, int]:
+    """The point to take, once the front has been looked at closer; and how many looks that took.
 
     Raises DivergedError if there is none, or if all have lost what is to be kept.
     """
@@ -34,7 +36,7 @@ def best_of(episodes: Episodes, archive: Archive) -> Entry:
             allowed="at least one that trains",
             fix="lower lr, or look at the data",
         )
-    archive.entries = closer(episodes.learning, recipe, archive, episodes.kind)
+    looks = settle(episodes, archive)
     best = archive.best
     if best.point.retain < recipe.collapse_floor:
         raise DivergedError(
@@ -48,7 +50,58 @@ def best_of(episodes: Episodes, archive: Archive) -> Entry:
             f"note: no state both forgets and keeps more than {recipe.retain_floor:g} of the rest; "
             f"the best keeps {best.point.retain:.2f} and is taken. More episodes or steps may help"
         )
-    return best
+    return best, looks
+
+
+def settle(episodes: Episodes, archive: Archive) -> int:
+    """Look at the front closer, and try the best of it at other scales; the number of looks."""
+    learning, recipe = episodes.learning, episodes.recipe
+    look = look_at(learning, recipe.updated(look_items=CLOSER), episodes.kind, check=False)
+    model = learning.opened(recipe.model, None if reads_outputs(recipe) else 1).model
+
+    def seen(entry: Entry, scale: float) -> Entry:
+        """What lies in the archive, times ``scale``."""
+        with Patch.load(archive.path(entry)).applied(model, scale):
+            point = look()
+        return replace(entry, point=point, worth=point.worth(recipe.retain_floor), scale=scale)
+
+    # What is there is not thrown out, even where another point now dominates it: what looked best
+    # on a part of validation was lucky too.
+    front = list(archive.entries)
+    with learning.progress.phase("front", len(front)) as advance:
+        archive.entries = []
+        for entry in front:
+            archive.entries.append(seen(entry, 1.0))
+            advance(1)
+    best = archive.best
+    scaled, looks = rescaled(best, partial(seen, best))
+    if scaled != best:
+        (Patch.load(archive.path(best)) * scaled.scale).save(archive.path(scaled))
+        archive.entries.append(scaled)
+    archive.entries.sort(key=lambda entry: entry.point)
+    return len(front) + looks
+
+
+def rescaled(entry: Entry, seen: Callable[[float], Entry]) -> tuple[Entry, int]:
+    """The entry at the scale where it is worth most, found by single steps; how many looks it took.
+
+    A change can be weighed after training too: the scaling coefficient of task arithmetic
+    (arXiv:2212.04089), chosen on validation as there.
+
+    Args:
+        seen: scale -> the entry as it looks there.
+    """
+    best, looks = entry, 0
+    for step in (SCALE_STEP, -SCALE_STEP):
+        scale = round(1 + step, 1)
+        while SCALES[0] <= scale <= SCALES[1]:
+            found, looks = seen(scale), looks + 1
+            if found.rank <= best.rank:
+                break
+            best, scale = found, round(scale + step, 1)
+        if best is not entry:
+            break
+    return best, looks
 
 
 def facts_of(episodes: Episodes, played: list[Episode], entries: list[Entry]) -> dict[str, Any]:
@@ -83,20 +136,3 @@ def facts_of(episodes: Episodes, played: list[Episode], entries: list[Entry]) ->
 def _first(knobs: Sequence[dict[str, float]]) -> dict[str, float]:
     """What an episode began with; a search keeps to it."""
     return knobs[0] if knobs else {}
-
-
-def closer(learning: Learning, recipe: Recipe, archive: Archive, kind: LookKind) -> list[Entry]:
-    """The front, seen again on all of validation: what looked best on a part of it was lucky too.
-
-    What is there is not thrown out, even where another point now dominates it.
-    """
-    look = look_at(learning, recipe.updated(look_items=CLOSER), kind, check=False)
-    model = learning.opened(recipe.model, None if reads_outputs(recipe) else 1).model
-    found = []
-    with learning.progress.phase("front", len(archive.entries)) as advance:
-        for entry in archive.entries:
-            with Patch.load(archive.path(entry)).applied(model):
-                point = look()
-            found.append(replace(entry, point=point, worth=point.worth(recipe.retain_floor)))
-            advance(1)
-    return sorted(found, key=lambda entry: entry.point)

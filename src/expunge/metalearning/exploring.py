@@ -8,10 +8,10 @@ dominates. The test split is not read here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -30,15 +30,34 @@ from expunge.model.patch import Patch
 from expunge.recipe import Recipe
 from expunge.training.log import read_losses, write_losses
 from expunge.training.loop import Stage, TrainingResult
+from expunge.training.policy import Policy
+
+
+class Players(Protocol):
+    """What plays episodes elsewhere, some at a time."""
+
+    count: int
+
+    def __call__(
+        self, recipe: Recipe, folder: Path, numbers: Iterable[int], policy: Policy | None
+    ) -> Iterator[Episode]:
+        """These episodes, in this order; what they leave (`play_one`) lies in ``folder``."""
 
 
 def explore(
-    learning: Learning, recipe: Recipe, folder: Path, stage: Stage
+    learning: Learning,
+    recipe: Recipe,
+    folder: Path,
+    stage: Stage,
+    players: Players | None = None,
 ) -> tuple[Patch, TrainingResult]:
     """Episodes, the last run, and the choice: the patch of the point worth most on validation.
 
-    Goes on where an interrupted exploration stopped, losing at most the episode it was in. Leaves
+    Goes on where an interrupted exploration stopped, losing at most what was under way. Leaves
     ``episodes.jsonl``, ``front.json`` and the patches of the front in ``folder``.
+
+    Args:
+        players: have these play the episodes, but for the last run.
 
     Raises:
         DataError: nothing to look at, or a base that answers no better than chance.
@@ -46,22 +65,17 @@ def explore(
         DivergedError: nothing could be trained at all, or no state kept the rest.
     """
 
-    def make_patch(weights: Mapping[str, Tensor], facts: dict[str, Any]) -> Patch:
-        return learning.patch_of(recipe, weights, facts)
-
-    archive = Archive(folder, recipe.front_size, recipe.retain_floor, make_patch)
+    archive = archive_of(learning, recipe, folder, recipe.front_size)
     episodes = Episodes(learning, recipe, archive)
-    if episodes.count and not episodes.searches:
-        archive.fallback = 0
     log = EpisodeLog(folder / EPISODES_NAME, stage.context, episodes.kind)
-    _play_all(episodes, log, archive)
+    _play_all(episodes, log, archive, players)
     played = list(episodes.played)
     if not episodes.searches:
         last, result = _play_last(episodes, stage)
         played.append(last)
         log.write(played)
     archive.prune()
-    best = best_of(episodes, archive)
+    best, closer = best_of(episodes, archive)
     if episodes.searches:
         losses = folder / FRONT_FOLDER / best.losses_file
         taken_from = episodes.played[best.episode]
@@ -70,8 +84,9 @@ def explore(
             result = replace(result, collapsed=taken_from.steps, restored=best.step)
     entries = chosen(archive.entries, archive.entries.index(best))
     save_front(folder, entries)
-    looks = sum(len(one.points) for one in played) + len(entries)
-    spent = sum(one.seconds for one in episodes.played)
+    looks = sum(len(one.points) for one in played) + closer
+    at_once = 1 if players is None else players.count
+    spent = sum(one.seconds for one in episodes.played) / at_once
     if episodes.searches:  # one of them is the run's own training
         spent -= sum(entry.seconds for entry in result.log)
     learning.timing["episodes"] = learning.timing.get("episodes", 0.0) + spent
@@ -89,7 +104,28 @@ def _of_trial(losses: Path, stage: Stage, micro_batch_size: int) -> TrainingResu
     return TrainingResult({}, tuple(found), micro_batch_size)
 
 
-def _play_all(episodes: Episodes, log: EpisodeLog, archive: Archive) -> None:
+def archive_of(learning: Learning, recipe: Recipe, folder: Path, size: int) -> Archive:
+    """An archive of patches of this recipe's; the first episode of learning is to fall back on."""
+
+    def make_patch(weights: Mapping[str, Tensor], facts: dict[str, Any]) -> Patch:
+        return learning.patch_of(recipe, weights, facts)
+
+    learns = recipe.tradeoff == "learned" and not recipe.policy_from
+    return Archive(folder, size, recipe.retain_floor, make_patch, fallback=0 if learns else None)
+
+
+def play_one(episodes: Episodes, number: int) -> Episode:
+    """An episode, whose patches are in the archive; a trial leaves its log beside them."""
+    episode, result = episodes.play(episodes.actor(number), number)
+    assert episodes.archive is not None
+    if episodes.searches and result.log:
+        write_losses(episodes.archive.folder / FRONT_FOLDER / losses_file(number), result.log)
+    return episode
+
+
+def _play_all(
+    episodes: Episodes, log: EpisodeLog, archive: Archive, players: Players | None
+) -> None:
     """All episodes, after those that the log holds; it is written after each."""
     _ = episodes.look
     for episode in log.read()[: episodes.count]:
@@ -99,14 +135,24 @@ def _play_all(episodes: Episodes, log: EpisodeLog, archive: Archive) -> None:
     with episodes.learning.progress.phase("episodes", episodes.count) as advance:
         advance(len(episodes.played), episodes.note())
         while len(episodes.played) < episodes.count:
-            number = len(episodes.played)
-            episode, result = episodes.play(episodes.actor(number), number)
+            for _ in _play_round(episodes, archive, players):
+                log.write(episodes.played)
+                archive.prune(before=len(episodes.played))
+                advance(1, episodes.note())
+
+
+def _play_round(episodes: Episodes, archive: Archive, players: Players | None) -> Iterator[Episode]:
+    """Each of a round's episodes, once it has been learned from."""
+    if players is None:
+        for number in episodes.round:
+            episode = play_one(episodes, number)
             episodes.learn(episode)
-            if episodes.searches and result.log:
-                write_losses(archive.folder / FRONT_FOLDER / losses_file(number), result.log)
-            log.write(episodes.played)
-            archive.prune()
-            advance(1, episodes.note())
+            yield episode
+        return
+    policy = None if episodes.searches else episodes.acting
+    for episode in players(episodes.recipe, archive.folder, episodes.round, policy):
+        episodes.take(episode)
+        yield episode
 
 
 def _play_last(episodes: Episodes, stage: Stage) -> tuple[Episode, TrainingResult]:

@@ -39,6 +39,9 @@ from expunge.training.watch import Point, Watch
 
 # What hypervolume below the floor counts in what the policy learns from.
 BELOW = 0.1
+# Episodes that one policy plays after its first update. Two keep two cores busy; the number does
+# not follow the machine, so that neither does what is learned.
+TOGETHER = 2
 
 
 @dataclass
@@ -191,6 +194,28 @@ class Episodes:
         self.played.append(episode)
         if not self.searches:
             self.policy = self.policy.updated(self.teaching)
+            if self._begins_round(len(self.played)):
+                self.acting = self.policy
+
+    @cached_property
+    def acting(self) -> Policy:
+        """The policy that plays the next episode: as it was when that one's round began."""
+        return self.policy
+
+    @property
+    def round(self) -> range:
+        """Numbers of the episodes that are left of a round: none needs what another teaches.
+
+        The first round is all before the first update, and trials of a search are one round.
+        """
+        start = len(self.played)
+        after = range(start + 1, self.count)
+        ends = [] if self.searches else [n for n in after if self._begins_round(n)]
+        return range(start, min(ends, default=self.count))
+
+    def _begins_round(self, number: int) -> bool:
+        beyond = number - 1 - self.policy_settings.warm_up  # the yardstick teaches nothing
+        return beyond >= 0 and beyond % TOGETHER == 0
 
     @property
     def teaching(self) -> list[Trajectory]:
@@ -213,14 +238,16 @@ class Episodes:
         """That of an episode. The first keeps to the usual values, as a yardstick."""
         if self.searches or number == 0:
             return trial(self.scales, self.recipe.seed, number)
-        return Explorer(self.policy, np.random.default_rng([self.recipe.seed, number]))
+        return Explorer(self.acting, np.random.default_rng([self.recipe.seed, number]))
 
     def steps_of(self, number: int) -> int:
         """Inner steps of an episode; the yardstick is a whole run."""
         return self.recipe.steps if number == 0 else self.steps
 
     def _keep(self, number: int, done: int, point: Point, weights: Any) -> None:
-        if self.archive is not None and (weights is None or is_finite(weights)):
+        # A model that is broken shows a retain of 0, whoever took the look.
+        sound = point.retain > 0 and (weights is None or is_finite(weights))
+        if self.archive is not None and sound:
             self.archive.add(number, done, point, weights)
 
     def _episode(self, number: int, rule: Learned, watch: Watch) -> Episode:
@@ -231,7 +258,7 @@ class Episodes:
         returns = [whole - self._gain(seen[:a]) for a in range(len(rule.places))]
         seen_AF = np.array([features(rule.states[a]) for a in sorted(rule.places)])
         places_AK = np.array([rule.places[a] for a in sorted(rule.places)])
-        explored = isinstance(rule.actor, Explorer)
+        explorer = rule.actor if isinstance(rule.actor, Explorer) else None
         return Episode(
             number=number,
             steps=max(watch.points, default=0),
@@ -241,7 +268,7 @@ class Episodes:
             features=_rows(seen_AF),
             places=_rows(places_AK),
             returns=tuple(returns),
-            log_density=self.policy.log_density(seen_AF, places_AK) if explored else 0.0,
+            log_density=explorer.policy.log_density(seen_AF, places_AK) if explorer else 0.0,
         )
 
     def _gain(self, points: Sequence[Point]) -> float:

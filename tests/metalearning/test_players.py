@@ -1,0 +1,185 @@
+"""Episodes in processes of their own: what they leave is what one process leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_episodes import recipe
+
+from expunge import players
+from expunge.errors import DataError, ResourceError
+from expunge.metalearning.archive import load_front
+from expunge.metalearning.episodes import EPISODES_NAME, EpisodeLog
+from expunge.metalearning.playing import TOGETHER, Episodes
+from expunge.model.patch import Patch
+from expunge.recipe import Recipe
+from expunge.run import run
+from expunge.training.policy import PolicySettings
+from expunge.workbench import Workbench
+
+WARM_UP = PolicySettings().warm_up
+COUNT = 1 + WARM_UP + 2 * TOGETHER  # the yardstick, those before the first update, two rounds
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As many as a process of a pool has: products of more are rounded otherwise."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def left(folder: Path) -> tuple[Any, ...]:
+    """What a run leaves, but for the time that it took."""
+    lines = (folder / EPISODES_NAME).read_text(encoding="utf-8").splitlines()
+    episodes = [{**json.loads(line), "seconds": 0} for line in lines]
+    patches = {path.name: Patch.load(path) for path in sorted(folder.glob("front/*.safetensors"))}
+    patches["own"] = Patch.load(folder / "patch.safetensors")
+    deltas = {
+        f"{name} {key}": delta.tolist()
+        for name, patch in patches.items()
+        for key, delta in patch.deltas.items()
+    }
+    logs = {path.name for path in folder.glob("front/*.jsonl")}
+    return episodes, load_front(folder), deltas, logs
+
+
+def short(files: dict[str, Path], **changes: Any) -> Recipe:
+    return recipe(files, episode_steps=2, evaluate=False, **changes)
+
+
+# ---- rounds
+
+
+def test_one_policy_plays_a_round(files: dict[str, Path]) -> None:
+    """What an episode of a round teaches moves none of the same round, and all after it."""
+    bench = Workbench(short(files, episodes=COUNT))
+    found = Episodes(bench.learning, bench.recipe)
+    starting = found.acting
+    assert found.round == range(1 + WARM_UP)
+    acted = []
+    for number in range(COUNT):
+        assert found.round.start == number
+        acted.append(found.acting)
+        found.learn(found.play(found.actor(number), number)[0])
+    assert all(policy is starting for policy in acted[: 1 + WARM_UP])
+    first, second = acted[1 + WARM_UP], acted[1 + WARM_UP + TOGETHER]
+    assert first is not starting and second is not first
+    assert acted[1 + WARM_UP :] == [first] * TOGETHER + [second] * TOGETHER
+    assert not found.round
+
+
+@pytest.mark.parametrize("played, episodes, expected", [(0, 3, 3), (2, 30, 6), (7, 30, 8)])
+def test_a_round_ends_with_the_episodes(
+    files: dict[str, Path], played: int, episodes: int, expected: int
+) -> None:
+    found = Episodes(Workbench(short(files)).learning, short(files, episodes=episodes))
+    found.played = [None] * played  # type: ignore[list-item]
+    assert found.round == range(played, expected)
+
+
+def test_trials_of_a_search_are_one_round(files: dict[str, Path]) -> None:
+    own = short(files, tradeoff="search", episodes=9)
+    assert Episodes(Workbench(own).learning, own).round == range(9)
+
+
+# ---- processes
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"episodes": COUNT}, {"tradeoff": "search", "episodes": 3}],
+    ids=["learned", "search"],
+)
+def test_processes_leave_what_one_leaves(
+    files: dict[str, Path], tmp_path: Path, one_thread: None, changes: dict[str, Any]
+) -> None:
+    own = short(files, **changes)
+    run(own, tmp_path / "one")
+    run(own, tmp_path / "two", workers=2)
+    assert left(tmp_path / "two") == left(tmp_path / "one")
+
+
+def test_a_run_goes_on_in_the_middle_of_a_round(
+    files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its policy is that of the round's beginning, though one of the round has taught since."""
+    own = short(files, episodes=COUNT)
+    run(own, tmp_path / "whole", workers=2)
+    real = EpisodeLog.write
+
+    def write(self: EpisodeLog, episodes: Any) -> None:
+        real(self, episodes)
+        if len(episodes) == 2 + WARM_UP:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(EpisodeLog, "write", write)
+        with pytest.raises(KeyboardInterrupt):
+            run(own, tmp_path / "parts", workers=2)
+    run(own, tmp_path / "parts", workers=2)
+    assert left(tmp_path / "parts") == left(tmp_path / "whole")
+
+
+def _die(*_: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_process_that_was_killed(
+    files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(players, "play", _die)
+    with pytest.raises(ResourceError, match="was killed"):
+        run(short(files, episodes=2), tmp_path / "run", workers=2)
+
+
+def test_data_that_changed_under_a_run(
+    files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process reads the files for itself, and would go on with others."""
+    retain = tmp_path / "retain.txt"
+    retain.write_text(files["retain.txt"].read_text())
+    own = short(files, episodes=2, retain=str(retain))
+    bench = Workbench(own)
+    _ = bench.data
+    retain.write_text("\n".join(retain.read_text().splitlines()[:-5]))
+    with pytest.raises(DataError, match="changed while") as told:
+        run(own, tmp_path / "run", bench=bench, workers=2)
+    assert told.value.got == str(retain)
+
+
+@pytest.mark.parametrize(
+    "changes, cores, expected",
+    [
+        ({}, 8, TOGETHER),
+        ({}, 1, 1),
+        ({"tradeoff": "search", "episodes": 6}, 4, 4),
+        ({"tradeoff": "search", "episodes": 3}, 4, 3),
+        ({"tradeoff": "fixed"}, 4, 1),
+    ],
+)
+def test_how_many_processes(
+    files: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any],
+    cores: int,
+    expected: int,
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    bench = Workbench(short(files, **changes))
+    with players.players_of(bench.recipe, bench, None) as found:
+        assert (1 if found is None else found.count) == expected
+    monkeypatch.setattr(players, "SMALL", 1000)
+    with players.players_of(bench.recipe, bench, None) as found:
+        assert found is None
+    # But where it is asked for.
+    with players.players_of(bench.recipe, bench, 3) as found:
+        assert (found is None) == (bench.recipe.tradeoff == "fixed")
