@@ -20,8 +20,8 @@ from typing import Any
 from rich.console import Console
 
 from expunge.files import write_json
-from expunge.metalearning.archive import Archive
 from expunge.metalearning.choosing import settle
+from expunge.metalearning.exploring import archive_of
 from expunge.metalearning.playing import Episodes
 from expunge.metalearning.searching import constant
 from expunge.processes import process_pool
@@ -41,9 +41,8 @@ def fixed_cell(bench: Workbench, recipe: Recipe, rate: float, weight: float) -> 
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as name:
         learning = bench.learning
-        archive = Archive(
-            Path(name), recipe.front_size, recipe.retain_floor, partial(learning.patch_of, recipe)
-        )
+        archive = archive_of(learning, recipe, Path(name), recipe.front_size)
+        archive.fallback = None
         episodes = Episodes(learning, recipe, archive)
         usual = {scale.knob.name: scale.start_share for scale in episodes.scales}
         shares = {**usual, "lr": rate, "retain_weight": weight}
@@ -56,7 +55,7 @@ def fixed_cell(bench: Workbench, recipe: Recipe, rate: float, weight: float) -> 
         "method": f"lr {played.knobs[0]['lr']:.2g}, retain {played.knobs[0]['retain_weight']:.2g}",
         "knobs": played.knobs[0],
         "validation": {"chosen": best.worth},
-        "test": {"chosen": test.worth(recipe.retain_floor), "points": [list(test)]},
+        "test": {"chosen": archive.worth(test), "points": [list(test)]},
         "seconds": time.perf_counter() - start,
     }
 

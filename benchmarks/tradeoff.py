@@ -38,8 +38,8 @@ from expunge.evaluation.looks import LookKind, OutputLook
 from expunge.evaluation.pareto import hypervolume
 from expunge.files import write_json
 from expunge.learning import Learning
-from expunge.metalearning.archive import Archive
 from expunge.metalearning.choosing import settle
+from expunge.metalearning.exploring import archive_of
 from expunge.metalearning.looking import look_at
 from expunge.metalearning.playing import Episodes
 from expunge.metalearning.searching import HIGH, LOW, constant
@@ -159,13 +159,7 @@ def cell(bench: Workbench, recipe: Recipe, method: str) -> dict[str, Any]:
     learning = bench.learning
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as name:
-        archive = Archive(
-            Path(name),
-            recipe.front_size,
-            recipe.retain_floor,
-            partial(learning.patch_of, recipe),
-            fallback=0,
-        )
+        archive = archive_of(learning, recipe, Path(name), recipe.front_size)
         episodes = Episodes(learning, recipe, archive)
         actor = PLAYERS[method](episodes, recipe.episodes)
         played = time.perf_counter() - start
@@ -188,7 +182,7 @@ def cell(bench: Workbench, recipe: Recipe, method: str) -> dict[str, Any]:
         },
         "test": {
             "front": hypervolume(test, floor),
-            "chosen": test[chosen].worth(floor),
+            "chosen": archive.worth(test[chosen]),
             "points": [list(point) for point in test],
         },
         "chosen": archive.best.to_dict(),

@@ -136,10 +136,10 @@ class Recipe(BaseModel):
         25, ge=0, description="steps between looks of a run without learning; 0: none"
     )
     retain_floor: float = Field(
-        0.9, ge=0, lt=1, description="least share of the rest that is worth anything"
+        0.9, ge=0, lt=1, description="share of the rest below which a state is worth nothing"
     )
     collapse_floor: float = Field(
-        0.5, ge=0, lt=1, description="share of the rest below which a run is stopped"
+        0.5, ge=0, lt=1, description="share of the rest that counts as lost: a run is stopped there"
     )
     front_size: int = Field(8, ge=1, description="largest number of patches kept on the front")
     probe: ProbeKind = Field("lda", description="kind of the probes behind directions")
@@ -272,6 +272,11 @@ class Recipe(BaseModel):
             | {"max_tokens", "dtype", "device", "cache_gib", "trust_remote_code"},
             texts_needed=self.texts_needed,
         )
+
+    @property
+    def lost(self) -> float:
+        """Share of the rest that counts 0 in what a point is worth."""
+        return min(self.collapse_floor, self.retain_floor)
 
     @property
     def texts_needed(self) -> int:

@@ -108,15 +108,15 @@ def found(
 
 
 def test_the_choice_worth_most_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Worth by hand, forget · (retain − .9) / .1: .2, .15, .3, 0, 0, .24."""
+    """Worth by hand, forget · (retain − .5) / .5 above .9: .2, .27, .46, 0, 0, .528."""
     training, bench = found(monkeypatch)
     facts = training["tradeoff"]
-    assert [one["worth"] for one in facts["tried"]] == pytest.approx([0.2, 0.15, 0.3, 0, 0, 0.24])
-    assert facts["chosen"] == facts["tried"][2]
-    assert facts["chosen"]["settings"] == {"rank": 2, "first_layer": -1}
+    assert [one["worth"] for one in facts["tried"]] == pytest.approx([0.2, 0.27, 0.46, 0, 0, 0.528])
+    assert facts["chosen"] == facts["tried"][5]
+    assert facts["chosen"]["settings"] == {"rank": 4, "first_layer": 0}
     # Every combination once, the recipe's other settings with each, all of them looked at.
     assert bench.made == [(rank, layer) for rank in RANKS for layer in LAYERS]
-    assert training["settings"] == {"pairs": 7, "rank": 2, "first_layer": -1}
+    assert training["settings"] == {"pairs": 7, "rank": 4, "first_layer": 0}
     assert (training["looks"], facts["inner_steps"], facts["kind"]) == (6, 0, "search")
     assert bench.progress.notes == []
 
@@ -138,7 +138,7 @@ def test_what_cannot_be_made_is_left_out_and_told(monkeypatch: pytest.MonkeyPatc
     training, bench = found(monkeypatch, bad={(2, -1): "Too few pairs", (4, 0): "Too wide"})
     facts = training["tradeoff"]
     assert len(facts["tried"]) == training["looks"] == 4
-    assert facts["chosen"]["settings"] == {"rank": 1, "first_layer": -1}
+    assert facts["chosen"]["settings"] == {"rank": 1, "first_layer": 0}
     assert len(bench.progress.notes) == 2
     for note, words in zip(bench.progress.notes, ("Too few pairs", "Too wide"), strict=True):
         assert words in note and "little" in note and "left out" in note

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expunge.training.policy import (
+    LARGEST_INNOVATION,
     LEAST_SPREAD,
     N_FEATURES,
     Explorer,
@@ -311,6 +312,22 @@ def test_an_update_by_hand() -> None:
     assert after.weights[0].tolist() == pytest.approx([0.4, -0.1, 0.0, 0.1])
     # (−(0.16 − 1) + (1.44 − 1)) / 2 = 0.64
     assert float(after.spread[0]) == pytest.approx(0.5 * math.exp(0.2 * 0.64))
+
+
+@pytest.mark.parametrize("away", [LARGEST_INNOVATION, 90.0, 1e6])
+def test_an_episode_far_away_counts_no_more_than_one_at_the_limit(away: float) -> None:
+    """It would throw the policy further still, and its spread beyond all numbers."""
+    policy = Policy.starting([0.0], once(spread=0.5))
+    phi = np.array([[1.0, -0.5, 0.0, 0.5]])
+    played = [
+        trajectory(policy, phi, np.array([[0.0]]), [1.0]),
+        trajectory(policy, phi, np.array([[0.5 * away]]), [3.0]),
+    ]
+    # As likely under the policy as when it was played, so that its weight does not hide it.
+    with np.errstate(all="raise"):
+        after = policy.updated(played)
+    assert after.weights[0, 0] == pytest.approx(0.5 * LARGEST_INNOVATION / 2)
+    assert after.spread[0] == 1.0  # twice the first, as far as it goes
 
 
 def test_an_action_that_one_episode_alone_took_teaches_nothing() -> None:

@@ -97,6 +97,23 @@ def test_worth_is_the_area_above_the_floor(
     assert Point(*point).worth(floor) == pytest.approx(worth)
 
 
+@pytest.mark.parametrize(
+    ("point", "floor", "lost", "worth"),
+    [
+        ((0.8, 0.95), 0.9, 0.5, 0.8 * 0.9),  # what is kept is weighed from further down
+        ((0.8, 0.95), 0.9, 0.0, 0.8 * 0.95),
+        ((0.8, 0.95), 0.9, 0.9, 0.8 * 0.5),
+        ((0.8, 0.9), 0.9, 0.5, 0.0),  # but the floor stays
+        ((0.8, 0.6), 0.9, 0.5, 0.0),
+        ((-0.1, 1.0), 0.9, 0.5, 0.0),
+    ],
+)
+def test_worth_above_what_counts_as_lost(
+    point: tuple[float, float], floor: float, lost: float, worth: float
+) -> None:
+    assert Point(*point).worth(floor, lost) == pytest.approx(worth)
+
+
 # ---- when it looks, and what it keeps
 
 

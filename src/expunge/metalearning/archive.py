@@ -39,7 +39,7 @@ class Entry:
 
     Attributes:
         episode, step: where it was seen.
-        worth: hypervolume of the point alone above the floor.
+        worth: what is forgotten times what is kept, as `Archive.worth` has it.
         chosen: whether it is the run's own patch.
         scale: what the change that was seen there is multiplied by.
     """
@@ -99,8 +99,9 @@ class Archive:
 
     Attributes:
         folder: of the run.
-        floor: retain at which a point is worth nothing.
+        floor: retain at and below which a point is worth nothing, and adds no hypervolume.
         make_patch: (weights, facts) -> patch.
+        lost: retain that counts 0 in what a point is worth; None: ``floor``.
         fallback: the episode of which one point is kept apart from the front, and taken only if it
             is worth `CLEARLY` more than what is there.
         entries: by forgetting, ascending.
@@ -110,6 +111,7 @@ class Archive:
     size: int
     floor: float
     make_patch: Callable[[Mapping[str, Tensor], dict[str, Any]], Patch]
+    lost: float | None = None
     fallback: int | None = None
     entries: list[Entry] = field(default_factory=list)
 
@@ -121,11 +123,15 @@ class Archive:
         Args:
             weights: name in the opened model -> tensor; None where the patch is there already.
         """
-        entry = Entry(episode, step, point, point.worth(self.floor))
+        entry = Entry(episode, step, point, self.worth(point))
         self.entries = self._front([*self.entries, entry])
         if weights is not None and entry in self.entries:
             facts = {"episode": episode, "step": step, "point": point._asdict()}
             self.make_patch(weights, facts).save(self.path(entry))
+
+    def worth(self, point: Point) -> float:
+        """What a point is worth alone, by which the best is found."""
+        return point.worth(self.floor, self.lost)
 
     def path(self, entry: Entry) -> Path:
         """Where an entry's patch lies."""

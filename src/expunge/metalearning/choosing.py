@@ -63,7 +63,7 @@ def settle(episodes: Episodes, archive: Archive) -> int:
         """What lies in the archive, times ``scale``."""
         with Patch.load(archive.path(entry)).applied(model, scale):
             point = look()
-        return replace(entry, point=point, worth=point.worth(recipe.retain_floor), scale=scale)
+        return replace(entry, point=point, worth=archive.worth(point), scale=scale)
 
     # What is there is not thrown out, even where another point now dominates it: what looked best
     # on a part of validation was lucky too.

@@ -105,13 +105,19 @@ def _of_trial(losses: Path, stage: Stage, micro_batch_size: int) -> TrainingResu
 
 
 def archive_of(learning: Learning, recipe: Recipe, folder: Path, size: int) -> Archive:
-    """An archive of patches of this recipe's; the first episode of learning is to fall back on."""
+    """An archive of patches of this recipe's; the first episode of learning is to fall back on.
+
+    The narrow range above ``retain_floor`` keeps the policy where the rest is kept. Between points
+    in it, what is kept is weighed down to where a run counts as lost: a hundredth of the rest
+    against two of the function by default, not against ten.
+    """
 
     def make_patch(weights: Mapping[str, Tensor], facts: dict[str, Any]) -> Patch:
         return learning.patch_of(recipe, weights, facts)
 
     learns = recipe.tradeoff == "learned" and not recipe.policy_from
-    return Archive(folder, size, recipe.retain_floor, make_patch, fallback=0 if learns else None)
+    fallback = 0 if learns else None
+    return Archive(folder, size, recipe.retain_floor, make_patch, recipe.lost, fallback)
 
 
 def play_one(episodes: Episodes, number: int) -> Episode:

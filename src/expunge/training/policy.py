@@ -35,6 +35,9 @@ LEAST_SPREAD = 0.15
 LARGEST_WEIGHT = 3.0
 # Least effective share of the episodes, (Σw)² / Σw² over their number.
 LEAST_EFFECTIVE = 1 / 6
+# Innovations count no further from 0, in spreads: a policy that has moved far from an early episode
+# would be thrown further still by it.
+LARGEST_INNOVATION = 3.0
 # Returns closer than this are equal: their mean, and so the rest, is rounded.
 LEAST_SCALE = 1e-9
 
@@ -160,6 +163,7 @@ class Policy:
         for weight, one in zip(weights, played, strict=True):
             advantage_A = (one.returns - baselines[: len(one.returns)]) / scale
             xi_AK = self.innovations(one.features, one.places)
+            xi_AK = xi_AK.clip(-LARGEST_INNOVATION, LARGEST_INNOVATION)
             reach_AF = self._reach(one.features)
             step_KF += weight * np.einsum("a,ak,af->kf", advantage_A, xi_AK, reach_AF)
             step_K += weight * (advantage_A[:, None] * (xi_AK**2 - 1)).mean(axis=0)

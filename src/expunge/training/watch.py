@@ -24,9 +24,17 @@ class Point(NamedTuple):
     forget: float
     retain: float
 
-    def worth(self, floor: float) -> float:
-        """Hypervolume of this point alone: the area between it and (0, ``floor``), in [0, 1]."""
-        return max(0.0, self.forget) * max(0.0, (self.retain - floor) / (1 - floor))
+    def worth(self, floor: float, lost: float | None = None) -> float:
+        """What this point is worth alone, in [0, 1]; nothing where retain is ``floor`` or less.
+
+        Args:
+            lost: retain that counts 0 in it, at most ``floor``; None: ``floor``, which makes it the
+                point's hypervolume: the area between it and (0, ``floor``).
+        """
+        if self.retain <= floor:
+            return 0.0
+        lost = floor if lost is None else lost
+        return max(0.0, self.forget) * (self.retain - lost) / (1 - lost)
 
 
 @dataclass
