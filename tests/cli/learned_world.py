@@ -23,10 +23,10 @@ SETTINGS = {
 
 
 def learned_args(world: World, out: Path, *more: Any, **changes: Any) -> list[str]:
-    """A whole `expunge run` with a learned trade-off."""
+    """A whole `expunge run` with a learned trade-off, in one process unless told otherwise."""
     settings = [word for name, value in SETTINGS.items() for word in ("--set", f"{name}={value}")]
-    flags = {"tradeoff": "learned", "episodes": EPISODES, "steps": STEPS, "seed": 3, **changes}
-    return world.args(out, *settings, *more, **flags)
+    flags = {"tradeoff": "learned", "episodes": EPISODES, "steps": STEPS, "seed": 3, "workers": 1}
+    return world.args(out, *settings, *more, **{**flags, **changes})
 
 
 def learned_settings(world: World, **changes: Any) -> dict[str, Any]:
@@ -64,9 +64,21 @@ def record_of(out: Path) -> dict[str, Any]:
 
 def looks(out: Path) -> int:
     """Readings of validation by a learned run: in episodes, of which the first is as long as the
-    last run, in that, and of the front."""
+    last run, in that, and at the end."""
     taught = (EPISODES - 1) * EPISODE_STEPS // EVERY
-    return taught + 2 * STEPS // EVERY + len(front_of(out))
+    return taught + 2 * STEPS // EVERY + closer_looks(out)
+
+
+def closer_looks(out: Path) -> int:
+    """Readings at the end: of each point of the front, and of the best at other scales, up to the
+    first where it is worth less."""
+    front = front_of(out)
+    (scale,) = [entry["scale"] for entry in front if entry["chosen"]]
+    of_front = sum(entry["scale"] == 1 for entry in front)
+    up = round(10 * (scale - 1))
+    if up > 0:
+        return of_front + min(up + 1, 5)
+    return of_front + 1 + min(1 - up, 5)
 
 
 def chosen_of(out: Path) -> int:

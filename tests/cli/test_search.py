@@ -10,6 +10,7 @@ import pytest
 from learned_world import (
     STEPS,
     chosen_of,
+    closer_looks,
     copied,
     front_of,
     learned_args,
@@ -43,8 +44,8 @@ def searched(world, tmp_path_factory):
     return out
 
 
-def args(world, out, *more):
-    return learned_args(world, out, "--set", "front_size=4", *more, **RULE)
+def args(world, out, *more, **changes):
+    return learned_args(world, out, "--set", "front_size=4", *more, **{**RULE, **changes})
 
 
 def trials_of(out):
@@ -105,7 +106,7 @@ def test_the_front_holds_known_names_alone(searched):
 
 
 def test_validation_is_read_at_each_look_and_test_once(searched):
-    looks = TRIALS * STEPS // 3 + len(front_of(searched))
+    looks = TRIALS * STEPS // 3 + closer_looks(searched)
     assert record_of(searched)["training"]["split_reads"] == {"validation": looks, "test": 1}
 
 
@@ -158,6 +159,18 @@ def check_finished(cli, world, out, searched, before):
 def test_killed_in_a_trial(cli, world, searched, tmp_path, number, code):
     out = tmp_path / "out"
     done = run_until(args(world, out), (LOOP, "Trainer", "_step"), SECOND, "after", number)
+    assert done.returncode == code, done.stderr
+    before = trials_of(out)
+    assert len(before) == 1
+    check_finished(cli, world, out, searched, before)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, KILLED), (signal.SIGTERM, STOPPED)])
+def test_killed_beside_processes_that_play(cli, world, searched, tmp_path, number, code):
+    """The trials that it has written down are kept; its processes end with it."""
+    out = tmp_path / "out"
+    place = (f"{ROOM}.episodes", "EpisodeLog", "write")
+    done = run_until(args(world, out, workers=2), place, 1, "after", number)
     assert done.returncode == code, done.stderr
     before = trials_of(out)
     assert len(before) == 1

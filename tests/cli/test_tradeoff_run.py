@@ -75,6 +75,7 @@ def test_the_front_and_the_patch_that_is_chosen(undisturbed):
     assert [one["steps"] for one in seen] == [STEPS, *[6] * (EPISODES - 1), STEPS]
     for entry in front:
         assert entry["step"] in [step for step, _, _ in seen[entry["episode"]]["points"]]
+        assert entry["scale"] == 1 or entry["chosen"]
 
 
 def test_every_reading_of_a_split_is_counted(world, undisturbed, tmp_path, cli):
@@ -180,6 +181,23 @@ def test_killed(cli, world, undisturbed, tmp_path, name):
     mine, theirs = map(record_of, (out, undisturbed))
     assert without_times(mine["training"]) == without_times(theirs["training"])
     assert mine["scores"] == theirs["scores"]
+    assert without_times(episodes_of(out)) == without_times(episodes_of(undisturbed))
+
+
+@pytest.mark.parametrize("name", ["between two episodes", "in the last run"])
+def test_killed_beside_processes_that_play(cli, world, undisturbed, tmp_path, name):
+    """They end with it, and the same command goes on to the same bits."""
+    out = tmp_path / "out"
+    place, number, when = PLACES[name]
+    # The steps of episodes are done elsewhere.
+    number = number - BEFORE if name == "in the last run" else number
+    done = run_until(learned_args(world, out, workers=2), place, number, when, signal.SIGKILL)
+    assert done.returncode == KILLED, done.stderr
+    result = cli(*learned_args(world, out, workers=2))
+    assert result.code == 0, result.err
+    assert tree(out).keys() == tree(undisturbed).keys()
+    assert front_of(out) == front_of(undisturbed)
+    assert same_deltas(out / "patch.safetensors", undisturbed / "patch.safetensors")
     assert without_times(episodes_of(out)) == without_times(episodes_of(undisturbed))
 
 
