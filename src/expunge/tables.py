@@ -69,23 +69,25 @@ def print_record(console: Console, record: RunRecord) -> None:
 def print_front(console: Console, front: Sequence[Point], record: RunRecord) -> None:
     """The points that a learned trade-off kept, by forgetting; the run's own is marked."""
     facts = record.training["tradeoff"]
-    floor = facts["looked_at"]["floor"]
+    floor, lost = facts["looked_at"]["floor"], facts["looked_at"]["lost"]
     table = Table(
         title=f"front on validation: hypervolume {facts['hypervolume']:.3f} above retain {floor:g}",
-        caption=f"looks: {facts['reward']}; worth: hypervolume of the point alone",
+        caption=f"looks: {facts['reward']}; worth: forget times what retain is above {lost:g}",
     )
     for column in ("point", "forget", "retain", "worth", "step", "scale"):
         table.add_column(column, justify="right")
     table.add_column("of")
     table.add_column("")
     for number, entry in enumerate(front, 1):
-        last = entry.episode == facts["episodes"]
+        sources = [entry.episode, *(entry.other or ())[:1]]
+        last = facts["episodes"]
+        of = " and ".join("the last run" if n == last else f"episode {n}" for n in sources)
         table.add_row(
             str(number),
             *(f"{value:.3f}" for value in (*entry.point, entry.worth)),
             str(entry.step),
             f"{entry.scale:g}",
-            "the last run" if last else f"episode {entry.episode}",
+            of,
             "chosen" if entry.chosen else "",
             style="bold" if entry.chosen else None,
         )

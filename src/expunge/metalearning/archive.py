@@ -22,15 +22,17 @@ from expunge.files import disk_errors, write_json
 from expunge.model.patch import Patch
 from expunge.training.watch import Point
 
-# Worth that a look at some hundred items can tell apart.
-CLEARLY = 0.1
+# Worth that a look at some hundred items can tell apart: some two standard errors of what is
+# forgotten.
+CLEARLY = 0.05
 FRONT_FOLDER = "front"
 FRONT_NAME = "front.json"
 # Names of patches in the folder, and of what a killed process leaves beside them, with its number.
+_SEEN = r"episode\d{3,}-step\d{4,}"
 FRONT_FILE = re.compile(
-    r"episode\d{3,}(?:-step\d{4,}(?:-scale\d\.\d)?\.safetensors|\.losses\.jsonl)"
+    rf"{_SEEN}(?:-and-{_SEEN})?(?:-scale\d\.\d)?\.safetensors|episode\d{{3,}}\.losses\.jsonl"
 )
-FRONT_LEFTOVER = re.compile(rf"\.{FRONT_FILE.pattern}\.(\d+)\.tmp")
+FRONT_LEFTOVER = re.compile(rf"\.(?:{FRONT_FILE.pattern})\.(\d+)\.tmp")
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Entry:
         worth: what is forgotten times what is kept, as `Archive.worth` has it.
         chosen: whether it is the run's own patch.
         scale: what the change that was seen there is multiplied by.
+        other: (episode, step) of a second change; the entry's is the mean of the two, then scaled.
     """
 
     episode: int
@@ -50,12 +53,22 @@ class Entry:
     worth: float
     chosen: bool = False
     scale: float = 1.0
+    other: tuple[int, int] | None = None
 
     @property
     def file(self) -> str:
         """Name of its patch."""
-        scaled = "" if self.scale == 1 else f"-scale{self.scale:.1f}"
-        return f"episode{self.episode:03}-step{self.step:04}{scaled}.safetensors"
+        name = _seen(self.episode, self.step)
+        if self.other is not None:
+            name += f"-and-{_seen(*self.other)}"
+        if self.scale != 1:
+            name += f"-scale{self.scale:.1f}"
+        return f"{name}.safetensors"
+
+    @property
+    def was_seen(self) -> bool:
+        """Whether it is a state that training went through, not one made of such."""
+        return self.scale == 1 and self.other is None
 
     @property
     def rank(self) -> tuple[float, float]:
@@ -77,6 +90,7 @@ class Entry:
             "worth": self.worth,
             "chosen": self.chosen,
             "scale": self.scale,
+            "other": self.other and list(self.other),
             "file": self.file,
         }
 
@@ -84,8 +98,13 @@ class Entry:
     def from_dict(cls, raw: Mapping[str, Any]) -> Entry:
         """Inverse of `to_dict`."""
         point = Point(raw["forget"], raw["retain"])
-        scale = raw.get("scale", 1.0)  # runs of before had no other
-        return cls(raw["episode"], raw["step"], point, raw["worth"], raw["chosen"], scale)
+        other = raw["other"] and tuple(raw["other"])
+        names = ("episode", "step", "worth", "chosen", "scale")
+        return cls(point=point, other=other, **{name: raw[name] for name in names})
+
+
+def _seen(episode: int, step: int) -> str:
+    return f"episode{episode:03}-step{step:04}"
 
 
 def losses_file(episode: int) -> str:
@@ -146,6 +165,11 @@ class Archive:
             return best
         other = _best(others)
         return other if other.worth > max(0.0, best.worth - CLEARLY) else best
+
+    def second(self, best: Entry) -> Entry | None:
+        """The entry worth most of those from other episodes than this one."""
+        others = [entry for entry in self.entries if entry.episode != best.episode]
+        return _best(others) if others else None
 
     def prune(self, before: int | None = None) -> None:
         """Remove the files of points that went; once it is written down that they did.

@@ -54,39 +54,51 @@ def best_of(episodes: Episodes, archive: Archive) -> tuple[Entry, int]:
 
 
 def settle(episodes: Episodes, archive: Archive) -> int:
-    """Look at the front closer, and try the best of it at other scales; the number of looks."""
+    """Look at the front closer, and for something better than the best of it; the number of looks.
+
+    Two runs' changes that leave the base in different directions have in common what forgets and
+    less of what harms: their mean keeps more of the rest at equal forgetting (model soups,
+    arXiv:2203.05482; LOG.md). And a change can be weighed after training too: the scaling
+    coefficient of task arithmetic (arXiv:2212.04089), chosen on validation as there.
+    """
     learning, recipe = episodes.learning, episodes.recipe
     look = look_at(learning, recipe.updated(look_items=CLOSER), episodes.kind, check=False)
     model = learning.opened(recipe.model, None if reads_outputs(recipe) else 1).model
 
-    def seen(entry: Entry, scale: float) -> Entry:
-        """What lies in the archive, times ``scale``."""
-        with Patch.load(archive.path(entry)).applied(model, scale):
+    def seen(patch: Patch, entry: Entry, scale: float = 1.0) -> Entry:
+        """An entry as its patch looks, times ``scale``."""
+        with patch.applied(model, scale):
             point = look()
         return replace(entry, point=point, worth=archive.worth(point), scale=scale)
 
+    front = list(archive.entries)
     # What is there is not thrown out, even where another point now dominates it: what looked best
     # on a part of validation was lucky too.
-    front = list(archive.entries)
     with learning.progress.phase("front", len(front)) as advance:
         archive.entries = []
         for entry in front:
-            archive.entries.append(seen(entry, 1.0))
+            archive.entries.append(seen(Patch.load(archive.path(entry)), entry))
             advance(1)
     best = archive.best
-    scaled, looks = rescaled(best, partial(seen, best))
-    if scaled != best:
-        (Patch.load(archive.path(best)) * scaled.scale).save(archive.path(scaled))
-        archive.entries.append(scaled)
+    patch = Patch.load(archive.path(best))
+    found, looks = rescaled(best, partial(seen, patch, best))
+    second = archive.second(best)
+    if second is not None:
+        mean = (patch + Patch.load(archive.path(second))) * 0.5
+        start = seen(mean, replace(best, other=(second.episode, second.step)))
+        other, more = rescaled(start, partial(seen, mean, start))
+        looks += 1 + more
+        if other.rank > found.rank:
+            found, patch = other, mean
+    if not found.was_seen:
+        (patch * found.scale).save(archive.path(found))
+        archive.entries.append(found)
     archive.entries.sort(key=lambda entry: entry.point)
     return len(front) + looks
 
 
 def rescaled(entry: Entry, seen: Callable[[float], Entry]) -> tuple[Entry, int]:
     """The entry at the scale where it is worth most, found by single steps; how many looks it took.
-
-    A change can be weighed after training too: the scaling coefficient of task arithmetic
-    (arXiv:2212.04089), chosen on validation as there.
 
     Args:
         seen: scale -> the entry as it looks there.
@@ -114,7 +126,11 @@ def facts_of(episodes: Episodes, played: list[Episode], entries: list[Entry]) ->
         "episode_steps": episodes.steps,
         "inner_steps": sum(one.steps for one in played),
         "reward": episodes.kind,
-        "looked_at": {"base": episodes.base, "floor": recipe.retain_floor},
+        "looked_at": {
+            "base": episodes.base,
+            "floor": recipe.retain_floor,
+            "lost": recipe.lost,
+        },
         "knobs": {scale.knob.name: scale.to_dict() for scale in episodes.scales},
         **policy,
         "hypervolume": hypervolume([entry.point for entry in entries], recipe.retain_floor),
