@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
 from small_world import World
 
+from expunge.evaluation.looks import RepresentationLook
+from expunge.training.watch import Point
+
 EPISODES, STEPS, EVERY, SAVE_EVERY = 6, 12, 3, 4
-EPISODE_STEPS = 6
 # Texts of random words have no likelihood to lose; activations have an angle to turn.
 SETTINGS = {
     "action_every": EVERY,
@@ -62,23 +66,21 @@ def record_of(out: Path) -> dict[str, Any]:
     return json.loads((out / "record.json").read_text())
 
 
-def looks(out: Path) -> int:
-    """Readings of validation by a learned run: in episodes, of which the first is as long as the
-    last run, in that, and at the end."""
-    taught = (EPISODES - 1) * EPISODE_STEPS // EVERY
-    return taught + 2 * STEPS // EVERY + closer_looks(out)
+@contextmanager
+def counted_looks() -> Iterator[list[Point]]:
+    """What looks at validation see meanwhile, in this process."""
+    seen: list[Point] = []
+    look = RepresentationLook.__call__
 
+    def counting(self: RepresentationLook) -> Point:
+        seen.append(look(self))
+        return seen[-1]
 
-def closer_looks(out: Path) -> int:
-    """Readings at the end: of each point of the front, and of the best at other scales, up to the
-    first where it is worth less."""
-    front = front_of(out)
-    (scale,) = [entry["scale"] for entry in front if entry["chosen"]]
-    of_front = sum(entry["scale"] == 1 for entry in front)
-    up = round(10 * (scale - 1))
-    if up > 0:
-        return of_front + min(up + 1, 5)
-    return of_front + 1 + min(1 - up, 5)
+    RepresentationLook.__call__ = counting  # type: ignore[method-assign]
+    try:
+        yield seen
+    finally:
+        RepresentationLook.__call__ = look  # type: ignore[method-assign]
 
 
 def chosen_of(out: Path) -> int:

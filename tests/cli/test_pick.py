@@ -12,7 +12,6 @@ from learned_world import (
     copied,
     front_of,
     learned_settings,
-    looks,
     record_of,
     same_deltas,
 )
@@ -50,7 +49,8 @@ def check_picked(out, learned, number, tests):
     record = record_of(out)
     for training in (own.metadata["training"], record["training"]):
         assert training["tradeoff"]["chosen"] == facts
-    assert record["training"]["split_reads"] == {"validation": looks(learned), "test": tests}
+    looks = record_of(learned)["training"]["split_reads"]["validation"]
+    assert record["training"]["split_reads"] == {"validation": looks, "test": tests}
     # What else is known of the run stays.
     before = Patch.load(learned / "patch.safetensors").metadata
     assert own.metadata["training"].keys() == before["training"].keys()
@@ -123,9 +123,11 @@ def test_it_is_measured_where_the_run_was(cli, world, tmp_path):
         settings = learned_settings(world, measure_on="validation", evaluate=evaluate)
         run(Recipe.build(settings), out)
         number = 1 if chosen_of(out) != 1 else 2
+        before = record_of(out)["training"]
+        assert before["split_reads"] == {"validation": before["looks"] + evaluate, "test": 0}
         record = cli("pick", out, "--point", number, "--json").json
         assert {s["split"] for s in record["scores"]} == ({"validation"} if evaluate else set())
-        reads = {"validation": looks(out) + 2 * evaluate, "test": 0}
+        reads = {"validation": before["looks"] + 2 * evaluate, "test": 0}
         assert record["training"]["split_reads"] == reads
         assert chosen_of(out) == number
 

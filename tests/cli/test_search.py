@@ -10,8 +10,8 @@ import pytest
 from learned_world import (
     STEPS,
     chosen_of,
-    closer_looks,
     copied,
+    counted_looks,
     front_of,
     learned_args,
     learned_settings,
@@ -38,9 +38,11 @@ RULE = {"tradeoff": "search", "episodes": TRIALS}
 
 @pytest.fixture(scope="module")
 def searched(world, tmp_path_factory):
-    """A finished search; not to be changed."""
+    """A finished search, each of whose looks was counted; not to be changed."""
     out = tmp_path_factory.mktemp("searched") / "out"
-    run(Recipe.build(learned_settings(world, **RULE, front_size=4)), out)
+    with counted_looks() as seen:
+        run(Recipe.build(learned_settings(world, **RULE, front_size=4)), out)
+    assert record_of(out)["training"]["looks"] == len(seen) > TRIALS * STEPS // 3
     return out
 
 
@@ -106,8 +108,8 @@ def test_the_front_holds_known_names_alone(searched):
 
 
 def test_validation_is_read_at_each_look_and_test_once(searched):
-    looks = TRIALS * STEPS // 3 + closer_looks(searched)
-    assert record_of(searched)["training"]["split_reads"] == {"validation": looks, "test": 1}
+    training = record_of(searched)["training"]
+    assert training["split_reads"] == {"validation": training["looks"], "test": 1}
 
 
 def test_the_same_seed_gives_the_same_patch(world, searched, tmp_path):

@@ -14,10 +14,10 @@ from learned_world import (
     STEPS,
     chosen_of,
     copied,
+    counted_looks,
     front_of,
     learned_args,
     learned_settings,
-    looks,
     record_of,
     same_deltas,
     without_times,
@@ -37,9 +37,14 @@ from expunge.training.watch import Point
 
 @pytest.fixture(scope="module")
 def undisturbed(world, tmp_path_factory):
-    """A finished learned run; not to be changed."""
+    """A finished learned run, each of whose looks was counted; not to be changed."""
     out = tmp_path_factory.mktemp("learned") / "out"
-    run(Recipe.build(learned_settings(world)), out)
+    with counted_looks() as seen:
+        run(Recipe.build(learned_settings(world)), out)
+    assert record_of(out)["training"]["looks"] == len(seen)
+    # Beside those on the way: a point of the front each, and tries to better the best of them.
+    on_the_way = sum(len(one["points"]) for one in episodes_of(out))
+    assert len(seen) > on_the_way + len(front_of(out))
     return out
 
 
@@ -75,11 +80,11 @@ def test_the_front_and_the_patch_that_is_chosen(undisturbed):
     assert [one["steps"] for one in seen] == [STEPS, *[6] * (EPISODES - 1), STEPS]
     for entry in front:
         assert entry["step"] in [step for step, _, _ in seen[entry["episode"]]["points"]]
-        assert entry["scale"] == 1 or entry["chosen"]
+        assert (entry["scale"] == 1 and entry["other"] is None) or entry["chosen"]
 
 
 def test_every_reading_of_a_split_is_counted(world, undisturbed, tmp_path, cli):
-    n = looks(undisturbed)
+    n = record_of(undisturbed)["training"]["looks"]
     assert record_of(undisturbed)["training"]["split_reads"] == {"validation": n, "test": 1}
     out = copied(undisturbed, tmp_path / "out")
     # Measured again beside an oracle, on the other split, then not at all.

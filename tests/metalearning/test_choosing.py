@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,13 @@ import torch
 from test_episodes import recipe
 
 from expunge.evaluation.pareto import hypervolume
-from expunge.metalearning.archive import Archive, Entry, load_front
+from expunge.metalearning.archive import (
+    FRONT_FILE,
+    FRONT_LEFTOVER,
+    Archive,
+    Entry,
+    load_front,
+)
 from expunge.metalearning.choosing import SCALES, rescaled, settle
 from expunge.metalearning.episodes import EPISODES_NAME
 from expunge.metalearning.exploring import archive_of
@@ -61,29 +68,104 @@ def test_of_points_worth_nothing_the_worth_above_none_tells() -> None:
 def test_names_of_files_tell_scales() -> None:
     assert at_worth(0.4).file == "episode003-step0008.safetensors"
     assert at_worth(0.4, 1.2).file == "episode003-step0008-scale1.2.safetensors"
-    assert Entry.from_dict(at_worth(0.4, 1.2).to_dict()) == at_worth(0.4, 1.2)
+    both = replace(at_worth(0.4, 1.2), other=(12, 80))
+    assert both.file == "episode003-step0008-and-episode012-step0080-scale1.2.safetensors"
+    for entry in (at_worth(0.4, 1.2), both):
+        assert Entry.from_dict(json.loads(json.dumps(entry.to_dict()))) == entry
+        assert FRONT_FILE.fullmatch(entry.file)
+        leftover = FRONT_LEFTOVER.fullmatch(f".{entry.file}.77.tmp")
+        assert leftover is not None and leftover.groups() == ("77",)
 
 
-def test_the_patch_that_is_taken_is_the_one_that_was_seen(
-    files: dict[str, Path], tmp_path: Path
-) -> None:
-    """At its scale it shows the point that is told, and is worth more than at any neighbour."""
-    own = recipe(files, steps=4, episodes=1, lr=0.003)
+# ---- what is taken, of two changes planted by hand
+
+
+@pytest.fixture
+def planted(
+    files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[Callable[[float, float], tuple[float, float]]], tuple[int, Archive]]:
+    """(shares of two changes -> forget, retain) -> looks, and the archive once it is settled.
+
+    Episode 1 changes one weight of a matrix by 1, episode 2 another; a look tells what is there.
+    """
+    own = recipe(files, retain_floor=0.1, collapse_floor=0.0)
     bench = Workbench(own)
     archive = archive_of(bench.learning, own, tmp_path, own.front_size)
     episodes = Episodes(bench.learning, own, archive)
-    for number in range(2):
-        episodes.learn(episodes.play(episodes.actor(number), number)[0])
-    before = list(archive.entries)
-    looks = settle(episodes, archive)
+    segment = bench.learning.cut(own).segment
+    name, weight = next(iter(segment.weights.items()))
+    before = weight.detach().clone()
+
+    def settled(
+        seen: Callable[[float, float], tuple[float, float]],
+    ) -> tuple[int, Archive]:
+        def look() -> Point:
+            changed = (weight.detach() - before)[0]
+            return Point(*seen(float(changed[0]), float(changed[1])))
+
+        for number in (1, 2):
+            after = before.clone()
+            after[0, number - 1] += 1
+            archive.add(number, 6, Point(*seen(number == 1, number == 2)), {name: after})
+        monkeypatch.setattr("expunge.metalearning.choosing.look_at", lambda *_, **__: look)
+        return settle(episodes, archive), archive
+
+    return settled
+
+
+def deltas(archive: Archive, entry: Entry) -> list[float]:
+    """Of the two weights that are changed."""
+    (delta,) = Patch.load(archive.path(entry)).deltas.values()
+    assert int(delta.count_nonzero()) <= 2
+    return [round(value, 5) for value in delta[0, :2].tolist()]
+
+
+def test_the_mean_is_taken_where_it_is_worth_more(planted: Any) -> None:
+    """Harm grows with the square of a change, so half of both does half of what one does."""
+    looks, archive = planted(
+        lambda one, two: (min(1.0, 1.05 * one + 0.95 * two), 1 - 0.4 * one**2 - 0.38 * two**2)
+    )
     taken = archive.best
-    assert taken.scale != 1 and looks > len(before)
-    plain = next(one for one in archive.entries if one.file == replace(taken, scale=1.0).file)
-    assert taken.worth > plain.worth and len(archive.entries) == len(before) + 1
-    assert archive.entries == sorted(archive.entries, key=lambda entry: entry.point)
-    whole, scaled = (Patch.load(archive.path(one)) for one in (plain, taken))
-    for name, delta in whole.deltas.items():
-        assert torch.allclose(scaled.deltas[name], delta * taken.scale, atol=0, rtol=1e-6)
+    assert (taken.episode, taken.step, taken.other, taken.scale) == (1, 6, (2, 6), 1.0)
+    assert deltas(archive, taken) == [0.5, 0.5]
+    assert taken.point == pytest.approx((1.0, 0.805)) and taken.worth == pytest.approx(0.805)
+    # Two points; the first at 1.1, .9 and .8; the mean, at 1.1 and at .9.
+    assert len(archive.entries) == 3 and looks == 2 + 3 + 3
+
+
+def test_the_mean_at_another_scale(planted: Any) -> None:
+    """Two changes with little in common: half of each forgets too little."""
+    _, archive = planted(
+        lambda one, two: (min(1.0, 0.75 * one + 0.7 * two), 1 - 0.4 * one**2 - 0.38 * two**2)
+    )
+    taken = archive.best
+    assert (taken.other, taken.scale) == ((2, 6), 1.3)
+    assert deltas(archive, taken) == [0.65, 0.65]
+    assert taken.file == "episode001-step0006-and-episode002-step0006-scale1.3.safetensors"
+
+
+def test_a_mean_that_is_worth_less_is_not_kept(planted: Any) -> None:
+    looks, archive = planted(
+        lambda one, two: (
+            min(1.0, max(one, 0.9 * two) ** 3),
+            1 - 0.4 * one**2 - 0.35 * two**2 - one * two,
+        )
+    )
+    assert archive.best == archive.entries[1] and len(archive.entries) == 2
+    assert all(entry.was_seen for entry in archive.entries) and looks > 2 + 2
+    names = {path.name for path in (archive.folder / "front").iterdir()}
+    assert names == {entry.file for entry in archive.entries}
+
+
+def test_a_single_point_has_no_mean(planted: Any) -> None:
+    looks, archive = planted(
+        lambda one, two: (min(1.0, max(one, 0.1 * two) ** 3), 1 - 0.4 * one - 0.5 * two)
+    )
+    (entry,) = archive.entries
+    assert entry.was_seen and looks == 1 + 2
+
+
+# ---- a run
 
 
 def test_a_run_takes_the_scaled_patch(files: dict[str, Path], tmp_path: Path) -> None:
@@ -91,7 +173,7 @@ def test_a_run_takes_the_scaled_patch(files: dict[str, Path], tmp_path: Path) ->
     record = run(own, tmp_path)
     front = load_front(tmp_path)
     chosen = next(entry for entry in front if entry.chosen)
-    assert chosen.scale != 1
+    assert not chosen.was_seen
     taken = Patch.load(tmp_path / "patch.safetensors")
     lying = Patch.load(tmp_path / "front" / chosen.file)
     assert all(torch.equal(delta, lying.deltas[name]) for name, delta in taken.deltas.items())
