@@ -1,23 +1,23 @@
 """Processes that play the episodes of a run side by side.
 
 What a small model computes is many small operations: two threads are hardly faster than one
-(LOG.md), two processes nearly twice as fast. Each opens the base and the data for itself, so that
-nothing but numbers of episodes, policies and what was seen is handed over; patches go through the
-run's folder.
+(LOG.md), two processes nearly twice as fast. The run's own process is one of them; each other opens
+the base and the data for itself, so that nothing but numbers of episodes, policies and what was
+seen is handed over; patches go through the run's folder.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import BrokenExecutor, Future
 from contextlib import contextmanager
 from pathlib import Path
 
 from expunge.benches import kept_bench
 from expunge.errors import DataError
-from expunge.learning import method_of
+from expunge.learning import method_of, reads_outputs
 from expunge.metalearning.episodes import Episode
 from expunge.metalearning.exploring import Players, archive_of, play_one
 from expunge.metalearning.playing import TOGETHER, Episodes
@@ -39,7 +39,8 @@ def players_of(recipe: Recipe, bench: Workbench, count: int | None) -> Iterator[
     """What plays a run's episodes; None: the run itself does. Its processes end with the block.
 
     Args:
-        count: of processes; None: those that gain, so none on a GPU or for a larger base.
+        count: of processes, this one included; None: those that gain, so this one alone on a GPU
+            or for a larger base.
     """
     plays = recipe.tradeoff in EXPLORING and method_of(recipe).kind != "edit"
     if not plays or recipe.policy_from or bench.start is not None:
@@ -49,11 +50,11 @@ def players_of(recipe: Recipe, bench: Workbench, count: int | None) -> Iterator[
     if count == 1:
         yield None
         return
-    pool = _Pool(count, dict(bench.data.hashes))
+    players = _Players(count, recipe, bench)
     try:
-        yield pool
+        yield players
     finally:
-        pool.stop()
+        players.stop()
 
 
 def _default_count(recipe: Recipe, bench: Workbench) -> int:
@@ -64,25 +65,29 @@ def _default_count(recipe: Recipe, bench: Workbench) -> int:
     return min(cores, recipe.episodes if recipe.tradeoff == "search" else TOGETHER)
 
 
-class _Pool:
-    """Processes that play episodes of one run; they begin when first needed.
+class _Players:
+    """This process and others. They begin at once, beside what comes before the first episode.
 
     Args:
-        hashes: of the data that the run read: source -> hash.
+        count: of all.
+        bench: this process's.
     """
 
-    def __init__(self, count: int, hashes: dict[str, str]) -> None:
-        self.count, self.hashes = count, hashes
+    def __init__(self, count: int, recipe: Recipe, bench: Workbench) -> None:
+        self.count, self.bench = count, bench
+        self.hashes = dict(bench.data.hashes)
         self._others = {*multiprocessing.active_children()}
-        self._pool: ProcessPoolExecutor | None = None
+        self._pool = process_pool(count - 1)
+        for _ in range(count - 1):
+            # What fails here fails again in an episode, and is told there.
+            self._pool.submit(attempt, open_bench, recipe)
 
     def stop(self) -> None:
         """End them: all that was asked for has come, or else nobody waits for it."""
-        if self._pool is not None:
-            stop_processes(self._pool, self._others)
+        stop_processes(self._pool, self._others)
 
     def __call__(
-        self, recipe: Recipe, folder: Path, numbers: Iterable[int], policy: Policy | None
+        self, recipe: Recipe, folder: Path, numbers: Sequence[int], policy: Policy | None
     ) -> Iterator[Episode]:
         """These episodes, in this order (`Players`).
 
@@ -90,27 +95,48 @@ class _Pool:
             ExpungeError: what an episode met.
             ResourceError: a process was killed.
         """
-        if self._pool is None:
-            self._pool = process_pool(self.count)
-        futures = [
-            self._pool.submit(attempt, play, recipe, folder, self.hashes, number, policy)
-            for number in numbers
-        ]
-        for future in futures:
-            try:
-                found = future.result()
-            except BrokenExecutor as error:
-                memory = f"{self.count} episodes at a time"
-                raise lost("played episodes", memory) from error
-            if isinstance(found, Failure):
-                raise found.error
-            yield found
+        first, *others = numbers
+        with self._telling():
+            futures = {
+                number: self._pool.submit(
+                    attempt, play_there, recipe, folder, self.hashes, number, policy
+                )
+                for number in others
+            }
+        here = {first: play(self.bench, recipe, folder, first, policy)}
+        # Then those that none has begun, which all come to the same bits whoever plays them.
+        for number in reversed(others):
+            if futures[number].cancel():
+                here[number] = play(self.bench, recipe, folder, number, policy)
+        for number in numbers:
+            yield here[number] if number in here else self._found(futures[number])
+
+    def _found(self, future: Future[Episode | Failure]) -> Episode:
+        with self._telling():
+            found = future.result()
+        if isinstance(found, Failure):
+            raise found.error
+        return found
+
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenExecutor as error:
+            raise lost("played episodes", f"{self.count} episodes at a time") from error
 
 
-def play(
+def open_bench(recipe: Recipe) -> None:
+    """Read in this process what all its episodes need, before the first is asked for."""
+    bench = kept_bench(recipe)
+    bench.learning.opened(recipe.model, None if reads_outputs(recipe) else 1)
+    bench.learning.tokens(recipe)
+
+
+def play_there(
     recipe: Recipe, folder: Path, hashes: Mapping[str, str], number: int, policy: Policy | None
 ) -> Episode:
-    """One episode, in a process of its own; its patches lie in the run's folder.
+    """`play` in a process of its own, on a bench that it keeps.
 
     Raises DataError if the data is no longer what the run had read.
     """
@@ -122,6 +148,13 @@ def play(
             allowed="files that stay as they are until the run is finished",
             fix="put the files back as they were, or start again with --fresh",
         )
+    return play(bench, recipe, folder, number, policy)
+
+
+def play(
+    bench: Workbench, recipe: Recipe, folder: Path, number: int, policy: Policy | None
+) -> Episode:
+    """One episode; its patches lie in the run's folder."""
     episodes = Episodes(bench.learning, recipe, archive_of(bench.learning, recipe, folder, ALL))
     if policy is not None:
         episodes.acting = policy

@@ -56,6 +56,17 @@ def working() -> Iterator[None]:
             _end()
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Work as the processes of a pool do, beside them or to the same bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def process_pool(count: int) -> ProcessPoolExecutor:
     """Processes for work of a thread each, that end with this one, whatever ends it.
 

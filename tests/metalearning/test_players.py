@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from test_episodes import recipe
 
 from expunge import players
@@ -19,6 +17,7 @@ from expunge.metalearning.archive import load_front
 from expunge.metalearning.episodes import EPISODES_NAME, EpisodeLog
 from expunge.metalearning.playing import TOGETHER, Episodes
 from expunge.model.patch import Patch
+from expunge.processes import one_thread
 from expunge.recipe import Recipe
 from expunge.run import run
 from expunge.training.policy import PolicySettings
@@ -26,15 +25,6 @@ from expunge.workbench import Workbench
 
 WARM_UP = PolicySettings().warm_up
 COUNT = 1 + WARM_UP + 2 * TOGETHER  # the yardstick, those before the first update, two rounds
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """As many as a process of a pool has: products of more are rounded otherwise."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def left(folder: Path) -> tuple[Any, ...]:
@@ -100,10 +90,11 @@ def test_trials_of_a_search_are_one_round(files: dict[str, Path]) -> None:
     ids=["learned", "search"],
 )
 def test_processes_leave_what_one_leaves(
-    files: dict[str, Path], tmp_path: Path, one_thread: None, changes: dict[str, Any]
+    files: dict[str, Path], tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     own = short(files, **changes)
-    run(own, tmp_path / "one")
+    with one_thread():
+        run(own, tmp_path / "one")
     run(own, tmp_path / "two", workers=2)
     assert left(tmp_path / "two") == left(tmp_path / "one")
 
@@ -136,7 +127,7 @@ def _die(*_: Any) -> None:
 def test_a_process_that_was_killed(
     files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(players, "play", _die)
+    monkeypatch.setattr(players, "play_there", _die)
     with pytest.raises(ResourceError, match="was killed"):
         run(short(files, episodes=2), tmp_path / "run", workers=2)
 

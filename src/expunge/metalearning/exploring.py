@@ -8,7 +8,8 @@ dominates. The test split is not read here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,6 +28,7 @@ from expunge.metalearning.choosing import best_of, facts_of
 from expunge.metalearning.episodes import EPISODES_NAME, Episode, EpisodeLog
 from expunge.metalearning.playing import Episodes
 from expunge.model.patch import Patch
+from expunge.processes import one_thread
 from expunge.recipe import Recipe
 from expunge.training.log import read_losses, write_losses
 from expunge.training.loop import Stage, TrainingResult
@@ -34,12 +36,12 @@ from expunge.training.policy import Policy
 
 
 class Players(Protocol):
-    """What plays episodes elsewhere, some at a time."""
+    """What plays episodes, ``count`` at a time."""
 
     count: int
 
     def __call__(
-        self, recipe: Recipe, folder: Path, numbers: Iterable[int], policy: Policy | None
+        self, recipe: Recipe, folder: Path, numbers: Sequence[int], policy: Policy | None
     ) -> Iterator[Episode]:
         """These episodes, in this order; what they leave (`play_one`) lies in ``folder``."""
 
@@ -57,7 +59,8 @@ def explore(
     ``episodes.jsonl``, ``front.json`` and the patches of the front in ``folder``.
 
     Args:
-        players: have these play the episodes, but for the last run.
+        players: have these play the episodes, but for the last run. All is on one thread until
+            then, which makes no difference between players.
 
     Raises:
         DataError: nothing to look at, or a base that answers no better than chance.
@@ -68,7 +71,8 @@ def explore(
     archive = archive_of(learning, recipe, folder, recipe.front_size)
     episodes = Episodes(learning, recipe, archive)
     log = EpisodeLog(folder / EPISODES_NAME, stage.context, episodes.kind)
-    _play_all(episodes, log, archive, players)
+    with one_thread() if players is not None else nullcontext():
+        _play_all(episodes, log, archive, players)
     played = list(episodes.played)
     if not episodes.searches:
         last, result = _play_last(episodes, stage)
