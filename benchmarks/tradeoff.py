@@ -8,9 +8,10 @@ last run of full length: learned with its policy, the searches with the knobs of
 fixed with the usual settings (its episodes differ by seed). The first episode of all is a run of
 full length with the usual settings; the searches begin with these too. Seeds begin at 100: the
 policy's own settings were chosen on others (LOG.md). Each keeps the front of its points; only then
-is the test split read, once for each patch of a front, knowledge by accuracy. Reported is the
-hypervolume of the test points, of the whole front and of the chosen point alone, and its paired
-difference over seeds; that of the whole front is the primary one.
+is the test split read, once for each patch of a front, knowledge by accuracy. Reported are the
+hypervolume of the test points and what the chosen point is worth there (`Archive.worth`), and their
+paired differences over seeds; the hypervolume is the primary one. What is tried at the end, means
+and scales of changes, is the same for all.
 
 Cells are processes that share nothing; finished ones lie under --work, so an interrupted table goes
 on where it stopped.
