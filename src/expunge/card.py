@@ -185,6 +185,9 @@ def _limits(record: RunRecord) -> str:
         found.insert(0, "It was not measured at all.")
     if record.training.get("collapsed") is not None:
         found.insert(0, "What was to be kept collapsed in training; an earlier state was taken.")
+    taken = record.training.get("tradeoff", {}).get("chosen", {})
+    if taken.get("other"):
+        found.insert(0, "The change is the mean of two that were trained, taken by validation.")
     splits = {score.split for score in record.scores} - {"test"}
     if splits:
         found.insert(0, f"Measured on {', '.join(sorted(splits))}, which served for choices too.")

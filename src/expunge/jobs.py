@@ -23,7 +23,7 @@ from typing import Any, Protocol
 import torch
 
 from expunge.errors import ExpungeError
-from expunge.processes import Failure, attempt, lost, process_pool, stop_processes
+from expunge.processes import Failure, attempt, killed_error, process_pool, stop_processes
 from expunge.progress import Advance, Progress, Silent
 from expunge.recipe import Recipe
 from expunge.records import RunRecord
@@ -171,7 +171,9 @@ class Workers:
                 return _here(jobs, advance, rescue)
         except BrokenExecutor as error:
             memory = "a run a core" if self.ray else f"{self.count} runs at a time"
-            raise lost("did some of the runs", memory, str(error) if self.ray else "") from error
+            raise killed_error(
+                "did some of the runs", memory, str(error) if self.ray else ""
+            ) from error
 
 
 def _here(jobs: Sequence[AnyJob], advance: Advance, rescue: Rescue) -> list[RunRecord]:

@@ -21,7 +21,7 @@ from expunge.learning import method_of, reads_outputs
 from expunge.metalearning.episodes import Episode
 from expunge.metalearning.exploring import Players, archive_of, play_one
 from expunge.metalearning.playing import TOGETHER, Episodes
-from expunge.processes import Failure, attempt, lost, process_pool, stop_processes
+from expunge.processes import Failure, attempt, killed_error, process_pool, stop_processes
 from expunge.recipe import Recipe
 from expunge.training.policy import Policy
 from expunge.training.tradeoff import EXPLORING
@@ -30,6 +30,8 @@ from expunge.workbench import Workbench
 # Weights of a base that processes are begun for, in bytes. In a larger one, single operations keep
 # the cores busy, and each process would hold it once more.
 SMALL = 2**27
+# Processes of a search that are begun unasked: each holds boundaries of its own.
+MOST = 4
 # Points of one episode that are kept until it is taken in: all that no other dominates.
 ALL = 10_000
 
@@ -50,11 +52,13 @@ def players_of(recipe: Recipe, bench: Workbench, count: int | None) -> Iterator[
     if count == 1:
         yield None
         return
-    players = _Players(count, recipe, bench)
+    players = None
     try:
+        players = _Players(count, recipe, bench)
         yield players
     finally:
-        players.stop()
+        if players is not None:
+            players.stop()
 
 
 def _default_count(recipe: Recipe, bench: Workbench) -> int:
@@ -62,7 +66,7 @@ def _default_count(recipe: Recipe, bench: Workbench) -> int:
     if bench.device.type != "cpu" or weights > SMALL:
         return 1
     cores = os.cpu_count() or 1
-    return min(cores, recipe.episodes if recipe.tradeoff == "search" else TOGETHER)
+    return min(cores, MOST if recipe.tradeoff == "search" else TOGETHER, recipe.episodes)
 
 
 class _Players:
@@ -76,40 +80,48 @@ class _Players:
     def __init__(self, count: int, recipe: Recipe, bench: Workbench) -> None:
         self.count, self.bench = count, bench
         self.hashes = dict(bench.data.hashes)
+        self._closed = False
         self._others = {*multiprocessing.active_children()}
         self._pool = process_pool(count - 1)
         for _ in range(count - 1):
             # What fails here fails again in an episode, and is told there.
             self._pool.submit(attempt, open_bench, recipe)
 
+    def close(self) -> None:
+        """End the processes, which have nothing more to do."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._closed = True
+
     def stop(self) -> None:
-        """End them: all that was asked for has come, or else nobody waits for it."""
-        stop_processes(self._pool, self._others)
+        """End them whatever they do, if they have not ended."""
+        if not self._closed:
+            stop_processes(self._pool, self._others)
 
     def __call__(
         self, recipe: Recipe, folder: Path, numbers: Sequence[int], policy: Policy | None
     ) -> Iterator[Episode]:
-        """These episodes, in this order (`Players`).
+        """These episodes, in this order (`Players`). The first is played here.
 
         Raises:
             ExpungeError: what an episode met.
             ResourceError: a process was killed.
         """
-        first, *others = numbers
+        there: dict[int, Future[Episode | Failure]] = {}
         with self._telling():
-            futures = {
-                number: self._pool.submit(
+            for number in numbers[1:]:
+                there[number] = self._pool.submit(
                     attempt, play_there, recipe, folder, self.hashes, number, policy
                 )
-                for number in others
-            }
-        here = {first: play(self.bench, recipe, folder, first, policy)}
-        # Then those that none has begun, which all come to the same bits whoever plays them.
-        for number in reversed(others):
-            if futures[number].cancel():
-                here[number] = play(self.bench, recipe, folder, number, policy)
+        here = {numbers[0]: play(self.bench, recipe, folder, numbers[0], policy)}
         for number in numbers:
-            yield here[number] if number in here else self._found(futures[number])
+            # Rather than wait, play what none has taken: all come to the same bits.
+            while number in there and not there[number].done():
+                own = next((n for n, other in there.items() if other.cancel()), None)
+                if own is None:
+                    break
+                del there[own]
+                here[own] = play(self.bench, recipe, folder, own, policy)
+            yield here.pop(number) if number in here else self._found(there.pop(number))
 
     def _found(self, future: Future[Episode | Failure]) -> Episode:
         with self._telling():
@@ -123,7 +135,7 @@ class _Players:
         try:
             yield
         except BrokenExecutor as error:
-            raise lost("played episodes", f"{self.count} episodes at a time") from error
+            raise killed_error("played episodes", f"{self.count} episodes at a time") from error
 
 
 def open_bench(recipe: Recipe) -> None:

@@ -23,7 +23,7 @@ from typing import Any, ParamSpec, Protocol, TypeVar
 import torch
 
 from expunge import errors
-from expunge.errors import ExpungeError, ResourceError
+from expunge.errors import ExpungeError, RecipeError, ResourceError
 
 Given = ParamSpec("Given")
 Result = TypeVar("Result")
@@ -57,10 +57,10 @@ def working() -> Iterator[None]:
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
-    """Work as the processes of a pool do, beside them or to the same bits."""
+def one_thread(really: bool = True) -> Iterator[None]:
+    """Work as the processes of a pool do, beside them or to the same bits; or ``really`` not."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(1 if really else before)
     try:
         yield
     finally:
@@ -135,7 +135,18 @@ def attempt(
         return Failure(type(error).__name__, parts)
 
 
-def lost(what: str, memory: str, got: str = "") -> ResourceError:
+def check_importable() -> None:
+    """Raise RecipeError in a process that is being begun and imports a script that does work."""
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise RecipeError(
+            what="This script was imported by a process that it asked for, and would begin again",
+            got="work outside of `if __name__ == '__main__':`",
+            allowed="a script that does nothing when it is imported",
+            fix="put its work under `if __name__ == '__main__':`, or ask for one process",
+        )
+
+
+def killed_error(what: str, memory: str, got: str = "") -> ResourceError:
     """The error of a process that ended without a word, as when the system runs out of memory.
 
     Args:

@@ -136,7 +136,7 @@ class Recipe(BaseModel):
         25, ge=0, description="steps between looks of a run without learning; 0: none"
     )
     retain_floor: float = Field(
-        0.9, ge=0, lt=1, description="share of the rest below which a state is worth nothing"
+        0.9, ge=0, lt=1, description="share of the rest at and below which a state is worth nothing"
     )
     collapse_floor: float = Field(
         0.5, ge=0, lt=1, description="share of the rest that counts as lost: a run is stopped there"
@@ -274,7 +274,7 @@ class Recipe(BaseModel):
         )
 
     @property
-    def lost(self) -> float:
+    def lost_at(self) -> float:
         """Share of the rest that counts 0 in what a point is worth."""
         return min(self.collapse_floor, self.retain_floor)
 
@@ -359,15 +359,16 @@ def _reached(settings: Mapping[str, Any], path: list[str], value: Any) -> dict[s
     return {**settings, first: value}
 
 
-def check_episodes(episodes: int | None, tradeoff: str) -> None:
-    """Raise RecipeError for episodes that were asked for where none would be played."""
-    if episodes is not None and tradeoff not in EXPLORING:
-        raise RecipeError(
-            what="There are no episodes without a trade-off that is learned or searched",
-            got=f"--episodes {episodes}, --tradeoff {tradeoff}",
-            allowed="--episodes together with --tradeoff learned or search",
-            fix="add --tradeoff learned, or leave --episodes out",
-        )
+def check_episodes(episodes: int | None, tradeoff: str, workers: int | None = None) -> None:
+    """Raise RecipeError for episodes, or processes for them, where none would be played."""
+    for flag, value in (("--episodes", episodes), ("--workers", workers)):
+        if value is not None and tradeoff not in EXPLORING:
+            raise RecipeError(
+                what="There are no episodes without a trade-off that is learned or searched",
+                got=f"{flag} {value}, --tradeoff {tradeoff}",
+                allowed=f"{flag} together with --tradeoff learned or search",
+                fix=f"add --tradeoff learned, or leave {flag} out",
+            )
 
 
 def _as_recipe_error(error: ValidationError) -> RecipeError:

@@ -28,6 +28,7 @@ from expunge.model.memory import peak_bytes
 from expunge.model.patch import Patch
 from expunge.players import players_of
 from expunge.probes.probe import save_probes
+from expunge.processes import check_importable, one_thread
 from expunge.progress import Progress, Silent, timed
 from expunge.published import published
 from expunge.recipe import Recipe
@@ -103,14 +104,16 @@ def run(
         bench: shared with other runs of the same model and data.
         fresh: discard what ``out`` holds of an earlier run.
         workers: processes that play the episodes of a learned or searched trade-off; None: a few,
-            where they gain (`expunge.players`). A script that asks for more than one must guard its
-            own doing by ``if __name__ == "__main__"``, since they import it.
+            where they gain (`expunge.players`). A script that asks for anything but 1 must guard
+            its own doing by ``if __name__ == "__main__"``, since they import it.
 
     Raises:
         DataError: ``out`` holds another run.
         ExpungeError: other kinds, from the parts.
     """
     progress = progress or Silent()
+    if workers != 1:
+        check_importable()
     check_own(out)
     finished = None if fresh else look(recipe, out)
     if finished is not None:
@@ -135,10 +138,11 @@ def _trained(recipe: Recipe, out: Path, bench: Workbench, workers: int | None) -
     # It is written last of all training, so one that is there is whole.
     patch = load_artefact(out)
     if patch is None:
-        with unclaiming(out):
-            stage = Stage(out / STATE_NAME, out / LOSSES_NAME, bench.context(recipe, out))
-            with players_of(recipe, bench, workers) as players:
-                trained, _ = bench.train(recipe, stage, out, players)
+        with unclaiming(out), players_of(recipe, bench, workers) as players:
+            with one_thread(really=players is not None):
+                context = bench.context(recipe, out)
+            stage = Stage(out / STATE_NAME, out / LOSSES_NAME, context)
+            trained, _ = bench.train(recipe, stage, out, players)
         probes = bench.learning.known_probes(recipe)
         if probes:
             save_probes(out / PROBES_NAME, probes, {"base_model": published(recipe.model)})

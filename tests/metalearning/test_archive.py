@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -123,7 +124,7 @@ def test_what_is_kept_follows_from_the_points_alone(
     ("usual", "other", "taken"),
     [
         ((0.6, 0.9), (0.7, 0.82), 1),  # .48 against .448: not to be told apart
-        ((0.6, 0.9), (0.7, 0.75), 0),  # .48 against .35
+        ((0.6, 0.9), (0.7, 0.79), 0),  # .48 against .406
         ((0.6, 0.8), (0.5, 0.95), 1),  # .36 against .45: worth more anyway
         ((0.1, 0.9), (0.9, 0.4), 0),  # .08 against nothing
     ],
@@ -149,6 +150,38 @@ def test_the_fallback_pushes_nothing_off_the_front(tmp_path: Path) -> None:
     for step, point in enumerate([(0.2, 0.8), (0.6, 0.7), (0.5, 0.65)]):
         found.add(1, step, Point(*point), weights(1.0))
     assert [(entry.episode, entry.step) for entry in found.entries] == [(1, 0), (1, 1), (0, 1)]
+
+
+def test_a_front_of_before_can_be_read(tmp_path: Path) -> None:
+    """Changes were neither scaled nor averaged then."""
+    old = {"episode": 3, "step": 8, "forget": 0.5, "retain": 0.95, "worth": 0.25, "chosen": True}
+    (tmp_path / "front.json").write_text(json.dumps([old]))
+    (entry,) = load_front(tmp_path)
+    assert entry == Entry(3, 8, Point(0.5, 0.95), 0.25, chosen=True) and entry.was_seen
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), AXIS, AXIS), max_size=25), st.integers(1, 4))
+def test_what_is_kept_is_on_its_own_episode_s_front(
+    told: list[tuple[int, float, float]], size: int
+) -> None:
+    """Who plays an episode writes the patches of that alone, and the archive must need no other."""
+    told.sort(key=lambda one: one[0])
+    written: set[tuple[int, int]] = set()
+
+    def writing(_weights: Any, facts: dict[str, Any]) -> Any:
+        written.add((facts["episode"], facts["step"]))
+        return SimpleNamespace(save=lambda _path: None)
+
+    whole = Archive(Path("none"), size, FLOOR, writing, fallback=0)
+    for episode in sorted({one[0] for one in told}):
+        own = Archive(Path("none"), 10_000, FLOOR, writing, fallback=0)
+        for step, (_, *axes) in enumerate(one for one in told if one[0] == episode):
+            own.add(episode, step, Point(*axes), weights(1.0))
+        for step, (_, *axes) in enumerate(one for one in told if one[0] == episode):
+            whole.add(episode, step, Point(*axes), None)
+            assert len([one for one in whole.entries if one.episode]) <= size
+            if step + 1 == sum(one[0] == episode for one in told):
+                assert {(one.episode, one.step) for one in whole.entries} <= written
 
 
 def test_best_is_worth_most_and_of_equals_forgets_most(tmp_path: Path) -> None:

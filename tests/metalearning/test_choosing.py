@@ -57,12 +57,21 @@ def test_equal_is_not_better() -> None:
     assert rescaled(entry, lambda scale: at_worth(0.4, scale)) == (entry, 2)
 
 
-def test_of_points_worth_nothing_the_worth_above_none_tells() -> None:
-    found, _ = rescaled(
-        Entry(0, 8, Point(0.4, 0.2), 0.0),
-        lambda scale: Entry(0, 8, Point(0.4 * scale, 0.2), 0.0, scale=scale),
-    )
-    assert found.scale == SCALES[1]
+@pytest.mark.parametrize(("kept", "scale"), [(0.88, 0.9), (0.72, 0.7), (0.1, 1.0)])
+def test_of_a_point_worth_nothing_smaller_scales_alone_are_tried(kept: float, scale: float) -> None:
+    """Its retain rises there, maybe above the floor of .9; else it stays as it was."""
+    asked = []
+
+    def seen(at: float) -> Entry:
+        asked.append(at)
+        point = Point(0.8 * at, 1 - (1 - kept) * at**3)
+        return Entry(0, 8, point, point.worth(0.9, 0.5), scale=at)
+
+    start = seen(1.0)
+    found, looks = rescaled(start, seen)
+    assert start.worth == 0 and found.scale == scale
+    assert (found.worth > 0) == (scale != 1)
+    assert max(asked) == 1.0 and looks == len(asked) - 1
 
 
 def test_names_of_files_tell_scales() -> None:
@@ -152,7 +161,8 @@ def test_a_mean_that_is_worth_less_is_not_kept(planted: Any) -> None:
         )
     )
     assert archive.best == archive.entries[1] and len(archive.entries) == 2
-    assert all(entry.was_seen for entry in archive.entries) and looks > 2 + 2
+    # The points; the best up and down; the mean, up to the last scale that keeps anything.
+    assert all(entry.was_seen for entry in archive.entries) and looks == 2 + 2 + 1 + 3
     names = {path.name for path in (archive.folder / "front").iterdir()}
     assert names == {entry.file for entry in archive.entries}
 

@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from test_episodes import recipe
 
 from expunge import players
 from expunge.errors import DataError, ResourceError
+from expunge.metalearning import exploring
 from expunge.metalearning.archive import load_front
 from expunge.metalearning.episodes import EPISODES_NAME, EpisodeLog
 from expunge.metalearning.playing import TOGETHER, Episodes
+from expunge.model.boundaries import BoundaryStore
 from expunge.model.patch import Patch
 from expunge.processes import one_thread
 from expunge.recipe import Recipe
@@ -118,6 +121,58 @@ def test_a_run_goes_on_in_the_middle_of_a_round(
             run(own, tmp_path / "parts", workers=2)
     run(own, tmp_path / "parts", workers=2)
     assert left(tmp_path / "parts") == left(tmp_path / "whole")
+
+
+def test_what_is_finished_is_written_down(
+    files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All trials of a search are one round; a kill loses those under way alone."""
+    real, begun = players.play, []
+
+    def play(*given: Any) -> Any:
+        begun.append(given[3])
+        if len(begun) == 2:
+            raise KeyboardInterrupt
+        return real(*given)
+
+    own = short(files, tradeoff="search", episodes=5)
+    with monkeypatch.context() as patched:
+        patched.setattr(players, "play", play)
+        with pytest.raises(KeyboardInterrupt):
+            run(own, tmp_path / "parts", workers=2)
+    _, *lines = (tmp_path / "parts" / EPISODES_NAME).read_text(encoding="utf-8").splitlines()
+    assert json.loads(lines[0])["number"] == 0
+    run(own, tmp_path / "parts", workers=2)
+    run(own, tmp_path / "whole", workers=2)
+    assert left(tmp_path / "parts") == left(tmp_path / "whole")
+
+
+def test_all_that_processes_share_is_computed_on_one_thread(
+    files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Boundaries, looks and steps of episodes; the last run has all threads again."""
+    threads: dict[str, set[int]] = {}
+
+    def noting(owner: Any, name: str) -> None:
+        real = getattr(owner, name)
+
+        def noted(*args: Any, **settings: Any) -> Any:
+            if "_play_last" not in threads:  # what comes after is shared with nobody
+                threads.setdefault(name, set()).add(torch.get_num_threads())
+            return real(*args, **settings)
+
+        monkeypatch.setattr(owner, name, noted)
+
+    noting(BoundaryStore, "compute")
+    noting(players, "play")
+    noting(exploring, "_play_last")
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        run(short(files, episodes=2), tmp_path / "run", workers=2)
+    finally:
+        torch.set_num_threads(before)
+    assert threads == {"compute": {1}, "play": {1}, "_play_last": {2}}
 
 
 def _die(*_: Any) -> None:

@@ -106,7 +106,7 @@ def run(
         typer.Option(
             metavar="N",
             min=1,
-            help="Processes that play episodes; default: 1, but one a core, at most 2 to learn, "
+            help="Processes that play episodes; default: 1, but 2 to learn and up to 4 to search "
             "for a small model without a GPU.",
         ),
     ] = None,
@@ -149,7 +149,7 @@ def run(
         written = {} if recipe is None else read_settings(recipe)
         given = {key: value for key, value in flags.items() if value is not None}
         chosen = Recipe.build(merge_overrides({**written, **given}, settings or []))
-        check_episodes(episodes, chosen.tradeoff)
+        check_episodes(episodes, chosen.tradeoff, workers)
         record = run_recipe(chosen, out, progress=console.progress(), fresh=fresh, workers=workers)
     if as_json:
         console.print_json({"out": str(out), **console.run_facts(out, record)})

@@ -1,6 +1,6 @@
 """The archive of a trade-off that explored: patches of the points that no other dominates.
 
-Patches lie in ``front/`` of the run's folder, named after the episode and the step they are from.
+Patches lie in ``front/`` of the run's folder, named after the episodes and the steps they are from.
 What is kept follows from the points alone, in their order, so that an archive can be rebuilt from
 the episodes' records.
 """
@@ -71,11 +71,6 @@ class Entry:
         return self.scale == 1 and self.other is None
 
     @property
-    def rank(self) -> tuple[float, float]:
-        """By which the best is found: the worth; of those worth nothing, the worth above none."""
-        return self.worth, self.point.worth(0.0)
-
-    @property
     def losses_file(self) -> str:
         """Name of its episode's log, which only whole runs of a search leave."""
         return losses_file(self.episode)
@@ -98,9 +93,10 @@ class Entry:
     def from_dict(cls, raw: Mapping[str, Any]) -> Entry:
         """Inverse of `to_dict`."""
         point = Point(raw["forget"], raw["retain"])
-        other = raw["other"] and tuple(raw["other"])
-        names = ("episode", "step", "worth", "chosen", "scale")
-        return cls(point=point, other=other, **{name: raw[name] for name in names})
+        other, scale = raw.get("other"), raw.get("scale", 1.0)  # earlier runs had neither
+        names = ("episode", "step", "worth", "chosen")
+        own = {name: raw[name] for name in names}
+        return cls(point=point, scale=scale, other=other and (other[0], other[1]), **own)
 
 
 def _seen(episode: int, step: int) -> str:
@@ -114,13 +110,13 @@ def losses_file(episode: int) -> str:
 
 @dataclass
 class Archive:
-    """Points and their patches, at most ``size`` of them.
+    """Points and their patches: ``size`` at most, the fallback's, and what is made at the end.
 
     Attributes:
         folder: of the run.
         floor: retain at and below which a point is worth nothing, and adds no hypervolume.
         make_patch: (weights, facts) -> patch.
-        lost: retain that counts 0 in what a point is worth; None: ``floor``.
+        lost_at: retain that counts 0 in what a point is worth; None: ``floor``.
         fallback: the episode of which one point is kept apart from the front, and taken only if it
             is worth `CLEARLY` more than what is there.
         entries: by forgetting, ascending.
@@ -130,9 +126,10 @@ class Archive:
     size: int
     floor: float
     make_patch: Callable[[Mapping[str, Tensor], dict[str, Any]], Patch]
-    lost: float | None = None
+    lost_at: float | None = None
     fallback: int | None = None
     entries: list[Entry] = field(default_factory=list)
+    _told: list[Entry] = field(default_factory=list)
 
     def add(
         self, episode: int, step: int, point: Point, weights: Mapping[str, Tensor] | None
@@ -143,6 +140,7 @@ class Archive:
             weights: name in the opened model -> tensor; None where the patch is there already.
         """
         entry = Entry(episode, step, point, self.worth(point))
+        self._told.append(entry)
         self.entries = self._front([*self.entries, entry])
         if weights is not None and entry in self.entries:
             facts = {"episode": episode, "step": step, "point": point._asdict()}
@@ -150,7 +148,7 @@ class Archive:
 
     def worth(self, point: Point) -> float:
         """What a point is worth alone, by which the best is found."""
-        return point.worth(self.floor, self.lost)
+        return point.worth(self.floor, self.lost_at)
 
     def path(self, entry: Entry) -> Path:
         """Where an entry's patch lies."""
@@ -187,16 +185,21 @@ class Archive:
                     path.unlink()
 
     def _front(self, entries: list[Entry]) -> list[Entry]:
-        """One point of the fallback; of the others, those that none of them dominates."""
-        spare = [entry for entry in entries if entry.episode == self.fallback]
-        others = [entry for entry in entries if entry.episode != self.fallback]
-        kept = [*self._kept(spare, 1), *self._kept(others, self.size)]
+        """One point of the fallback; of the others, those that none that was told dominates."""
+        kept = [*self._kept(entries, True, 1), *self._kept(entries, False, self.size)]
         return sorted(kept, key=lambda entry: entry.point)
 
-    def _kept(self, entries: list[Entry], size: int) -> list[Entry]:
+    def _kept(self, entries: list[Entry], spare: bool, size: int) -> list[Entry]:
+        """Of the fallback's entries (``spare``), or of the others.
+
+        What made room for others still dominates: a point that comes in later has been in the front
+        of its own episode too, so that whoever played that has written its patch.
+        """
+        told = [entry for entry in self._told if (entry.episode == self.fallback) == spare]
         # Points below the floor are worth nothing; they count only while there is no other.
-        worthy = [entry for entry in entries if entry.worth > 0] or entries
-        kept = [worthy[index] for index in front([entry.point for entry in worthy])]
+        worthy = [entry for entry in told if entry.worth > 0] or told
+        best = {worthy[index] for index in front([entry.point for entry in worthy])}
+        kept = sorted(best.intersection(entries), key=lambda entry: entry.point)
         while len(kept) > size:
             shares = contributions([entry.point for entry in kept], self.floor)
             kept.pop(shares.index(min(shares)))
@@ -209,7 +212,7 @@ def _episode(path: Path) -> int:
 
 
 def _best(entries: list[Entry]) -> Entry:
-    return max(entries, key=lambda entry: entry.rank)
+    return max(entries, key=lambda entry: (entry.worth, entry.point.worth(0.0)))
 
 
 def chosen(entries: list[Entry], place: int) -> list[Entry]:

@@ -80,18 +80,24 @@ def settle(episodes: Episodes, archive: Archive) -> int:
             archive.entries.append(seen(Patch.load(archive.path(entry)), entry))
             advance(1)
     best = archive.best
-    patch = Patch.load(archive.path(best))
-    found, looks = rescaled(best, partial(seen, patch, best))
-    second = archive.second(best)
-    if second is not None:
-        mean = (patch + Patch.load(archive.path(second))) * 0.5
-        start = seen(mean, replace(best, other=(second.episode, second.step)))
-        other, more = rescaled(start, partial(seen, mean, start))
-        looks += 1 + more
-        if other.rank > found.rank:
-            found, patch = other, mean
+    patch, second = Patch.load(archive.path(best)), archive.second(best)
+    facts = patch.metadata
+    with learning.progress.phase("scales", 1 if second is None else 2) as advance:
+        found, looks = rescaled(best, partial(seen, patch, best))
+        advance(1)
+        if second is not None:
+            mean = (patch + Patch.load(archive.path(second))) * 0.5
+            start = seen(mean, replace(best, other=(second.episode, second.step)))
+            other, more = rescaled(start, partial(seen, mean, start))
+            looks += 1 + more
+            if other.worth > found.worth:
+                found, patch = other, mean
+            advance(1)
     if not found.was_seen:
-        (patch * found.scale).save(archive.path(found))
+        told = {"point": found.point._asdict(), "scale": found.scale, "other": found.other}
+        training = {**facts["training"], **told}
+        made = replace(patch * found.scale, metadata={**facts, "training": training})
+        made.save(archive.path(found))
         archive.entries.append(found)
     archive.entries.sort(key=lambda entry: entry.point)
     return len(front) + looks
@@ -100,36 +106,42 @@ def settle(episodes: Episodes, archive: Archive) -> int:
 def rescaled(entry: Entry, seen: Callable[[float], Entry]) -> tuple[Entry, int]:
     """The entry at the scale where it is worth most, found by single steps; how many looks it took.
 
+    Of one that is worth nothing, smaller scales alone are tried: the rest may be kept there.
+
     Args:
         seen: scale -> the entry as it looks there.
     """
     best, looks = entry, 0
-    for step in (SCALE_STEP, -SCALE_STEP):
+    for step in (SCALE_STEP, -SCALE_STEP) if entry.worth > 0 else (-SCALE_STEP,):
         scale = round(1 + step, 1)
         while SCALES[0] <= scale <= SCALES[1]:
             found, looks = seen(scale), looks + 1
-            if found.rank <= best.rank:
+            if best.worth > 0 and found.worth <= best.worth:
                 break
-            best, scale = found, round(scale + step, 1)
+            best = found if found.worth > best.worth else best
+            scale = round(scale + step, 1)
         if best is not entry:
             break
     return best, looks
 
 
-def facts_of(episodes: Episodes, played: list[Episode], entries: list[Entry]) -> dict[str, Any]:
-    """What a record tells of a trade-off that explored."""
+def facts_of(
+    episodes: Episodes, played: list[Episode], entries: list[Entry], workers: int
+) -> dict[str, Any]:
+    """What a record tells of a trade-off that explored, with so many processes at a time."""
     recipe = episodes.recipe
     policy = {} if episodes.searches else {"policy": episodes.policy.to_dict()}
     return {
         "kind": recipe.tradeoff,
         "episodes": episodes.count,
+        "workers": workers,
         "episode_steps": episodes.steps,
         "inner_steps": sum(one.steps for one in played),
         "reward": episodes.kind,
         "looked_at": {
             "base": episodes.base,
             "floor": recipe.retain_floor,
-            "lost": recipe.lost,
+            "lost_at": recipe.lost_at,
         },
         "knobs": {scale.knob.name: scale.to_dict() for scale in episodes.scales},
         **policy,

@@ -8,8 +8,8 @@ dominates. The test split is not read here.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -40,6 +40,9 @@ class Players(Protocol):
 
     count: int
 
+    def close(self) -> None:
+        """There are no more to play."""
+
     def __call__(
         self, recipe: Recipe, folder: Path, numbers: Sequence[int], policy: Policy | None
     ) -> Iterator[Episode]:
@@ -60,7 +63,8 @@ def explore(
 
     Args:
         players: have these play the episodes, but for the last run. All is on one thread until
-            then, which makes no difference between players.
+            then, as it must have been before (`expunge.processes.one_thread`), so that it makes no
+            difference to the bits who plays which.
 
     Raises:
         DataError: nothing to look at, or a base that answers no better than chance.
@@ -71,8 +75,8 @@ def explore(
     archive = archive_of(learning, recipe, folder, recipe.front_size)
     episodes = Episodes(learning, recipe, archive)
     log = EpisodeLog(folder / EPISODES_NAME, stage.context, episodes.kind)
-    with one_thread() if players is not None else nullcontext():
-        _play_all(episodes, log, archive, players)
+    with one_thread(really=players is not None):
+        wall = _play_all(episodes, log, archive, players)
     played = list(episodes.played)
     if not episodes.searches:
         last, result = _play_last(episodes, stage)
@@ -89,12 +93,11 @@ def explore(
     entries = chosen(archive.entries, archive.entries.index(best))
     save_front(folder, entries)
     looks = sum(len(one.points) for one in played) + closer
-    at_once = 1 if players is None else players.count
-    spent = sum(one.seconds for one in episodes.played) / at_once
+    spent = sum(one.seconds for one in episodes.played) if players is None else wall
     if episodes.searches:  # one of them is the run's own training
-        spent -= sum(entry.seconds for entry in result.log)
+        spent = max(0.0, spent - sum(entry.seconds for entry in result.log))
     learning.timing["episodes"] = learning.timing.get("episodes", 0.0) + spent
-    facts = facts_of(episodes, played, entries)
+    facts = facts_of(episodes, played, entries, 1 if players is None else players.count)
     found = learning.patch(recipe, result, looks=looks, tradeoff=facts)
     taken = Patch.load(archive.path(best))
     return replace(found, deltas=taken.deltas, base=taken.base), result
@@ -121,7 +124,7 @@ def archive_of(learning: Learning, recipe: Recipe, folder: Path, size: int) -> A
 
     learns = recipe.tradeoff == "learned" and not recipe.policy_from
     fallback = 0 if learns else None
-    return Archive(folder, size, recipe.retain_floor, make_patch, recipe.lost, fallback)
+    return Archive(folder, size, recipe.retain_floor, make_patch, recipe.lost_at, fallback)
 
 
 def play_one(episodes: Episodes, number: int) -> Episode:
@@ -135,20 +138,27 @@ def play_one(episodes: Episodes, number: int) -> Episode:
 
 def _play_all(
     episodes: Episodes, log: EpisodeLog, archive: Archive, players: Players | None
-) -> None:
-    """All episodes, after those that the log holds; it is written after each."""
-    _ = episodes.look
+) -> float:
+    """All episodes, after those that the log holds; it is written after each. Seconds it took.
+
+    Those that the log holds count as many as they took one by one.
+    """
+    _ = episodes.look, episodes.usual
     for episode in log.read()[: episodes.count]:
         episodes.take(episode)
-    if not episodes.count:
-        return
-    with episodes.learning.progress.phase("episodes", episodes.count) as advance:
-        advance(len(episodes.played), episodes.note())
-        while len(episodes.played) < episodes.count:
-            for _ in _play_round(episodes, archive, players):
-                log.write(episodes.played)
-                archive.prune(before=len(episodes.played))
-                advance(1, episodes.note())
+    before = sum(one.seconds for one in episodes.played)
+    start = time.perf_counter()
+    if episodes.count:
+        with episodes.learning.progress.phase("episodes", episodes.count) as advance:
+            advance(len(episodes.played), episodes.note())
+            while len(episodes.played) < episodes.count:
+                for _ in _play_round(episodes, archive, players):
+                    log.write(episodes.played)
+                    archive.prune(before=len(episodes.played))
+                    advance(1, episodes.note())
+    if players is not None:
+        players.close()
+    return before + time.perf_counter() - start
 
 
 def _play_round(episodes: Episodes, archive: Archive, players: Players | None) -> Iterator[Episode]:

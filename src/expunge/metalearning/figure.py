@@ -121,7 +121,7 @@ def tradeoff_figure(run: Path, path: Path | str) -> Path:
 
 
 def _rewards(axis: Axes, learned: LearnedRun) -> None:
-    """Each episode's hypervolume and its running mean; the policy is updated after each."""
+    """Each episode's hypervolume and its running mean."""
     from matplotlib.ticker import MaxNLocator
 
     played = [episode.reward for episode in learned.episodes]

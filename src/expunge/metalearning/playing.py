@@ -184,7 +184,7 @@ class Episodes:
         return replace(episode, seconds=time.perf_counter() - start), result
 
     def take(self, episode: Episode) -> None:
-        """Take in an episode that an interrupted run had played."""
+        """Take in an episode that was played elsewhere, or before: its patches are there."""
         self.learn(episode)
         for done, point in episode.points.items():
             self._keep(episode.number, done, point, None)
