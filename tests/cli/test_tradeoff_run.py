@@ -234,11 +234,18 @@ def test_an_edit_has_no_tradeoff(cli, world, tmp_path):
         ({"tradeoff": "lerned"}, ("tradeoff", "'lerned'", "'learned'")),
         ({"episodes": 0}, ("episodes", "0", "greater than or equal to 1")),
         ({"episodes": "many"}, ("--episodes", "integer")),
+        ({"workers": 0}, ("--workers", "0 is not in the range")),
         ({"tradeoff": "fixed"}, ("--episodes", "--tradeoff fixed", "--tradeoff learned")),
     ],
 )
 def test_flags_that_do_not_fit(cli, world, tmp_path, changes, said):
     check(cli(*learned_args(world, tmp_path / "out", **changes)), RECIPE, *said)
+
+
+def test_processes_for_episodes_that_are_not_played(cli, world, tmp_path):
+    args = world.args(tmp_path / "out", workers=2)
+    check(cli(*args), RECIPE, "no episodes", "--workers 2, --tradeoff fixed", "--tradeoff learned")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_demo_takes_two_tradeoffs(cli, tmp_path):

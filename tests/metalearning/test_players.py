@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from test_episodes import recipe
 
 from expunge import players
-from expunge.errors import DataError, ResourceError
+from expunge.errors import DataError, RecipeError, ResourceError
 from expunge.metalearning import exploring
 from expunge.metalearning.archive import load_front
 from expunge.metalearning.episodes import EPISODES_NAME, EpisodeLog
@@ -173,6 +174,20 @@ def test_all_that_processes_share_is_computed_on_one_thread(
     finally:
         torch.set_num_threads(before)
     assert threads == {"compute": {1}, "play": {1}, "_play_last": {2}}
+
+
+@pytest.mark.parametrize("workers", [2, None])
+def test_a_script_that_does_its_work_when_imported_is_refused(
+    files: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    workers: int | None,
+) -> None:
+    """Before it touches the folder, which belongs to the process that began this one."""
+    monkeypatch.setattr(multiprocessing.current_process(), "_inheriting", True, raising=False)
+    with pytest.raises(RecipeError, match="imported by a process"):
+        run(short(files), tmp_path / "run", workers=workers, fresh=True)
+    assert not (tmp_path / "run").exists()
 
 
 def _die(*_: Any) -> None:
