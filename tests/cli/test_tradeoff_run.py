@@ -234,7 +234,7 @@ def test_an_edit_has_no_tradeoff(cli, world, tmp_path):
         ({"tradeoff": "lerned"}, ("tradeoff", "'lerned'", "'learned'")),
         ({"episodes": 0}, ("episodes", "0", "greater than or equal to 1")),
         ({"episodes": "many"}, ("--episodes", "integer")),
-        ({"workers": 0}, ("--workers", "0 is not in the range")),
+        ({"workers": 0}, ("--workers", "greater than or equal to 1")),
         ({"tradeoff": "fixed"}, ("--episodes", "--tradeoff fixed", "--tradeoff learned")),
     ],
 )
