@@ -80,7 +80,7 @@ def learned_seconds(recipe: Recipe) -> tuple[float, list[float]]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         start = time.perf_counter()
-        with players_of(recipe, bench, None) as players:
+        with players_of(recipe, bench, None, folder) as players:
             stage = Stage(state=folder / "state.safetensors")
             explore(bench.learning, recipe, folder, stage, players)
         seconds = time.perf_counter() - start

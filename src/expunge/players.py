@@ -11,14 +11,14 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import BrokenExecutor, Future
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 from expunge.benches import kept_bench
 from expunge.errors import DataError
 from expunge.learning import method_of, reads_outputs
-from expunge.metalearning.episodes import Episode
+from expunge.metalearning.episodes import EPISODES_NAME, Episode
 from expunge.metalearning.exploring import Players, archive_of, play_one
 from expunge.metalearning.playing import TOGETHER, Episodes
 from expunge.processes import Failure, attempt, killed_error, process_pool, stop_processes
@@ -37,10 +37,13 @@ ALL = 10_000
 
 
 @contextmanager
-def players_of(recipe: Recipe, bench: Workbench, count: int | None) -> Iterator[Players | None]:
+def players_of(
+    recipe: Recipe, bench: Workbench, count: int | None, folder: Path
+) -> Iterator[Players | None]:
     """What plays a run's episodes; None: the run itself does. Its processes end with the block.
 
     Args:
+        folder: of the run; where all its episodes are played already, no process is begun.
         count: of processes, this one included; None: those that gain, so this one alone on a GPU
             or for a larger base.
     """
@@ -54,7 +57,9 @@ def players_of(recipe: Recipe, bench: Workbench, count: int | None) -> Iterator[
         return
     players = None
     try:
-        players = _Players(count, recipe, bench)
+        players = _Players(count, bench)
+        if not _all_played(recipe, folder):
+            players.begin(recipe)
         yield players
     finally:
         if players is not None:
@@ -69,32 +74,42 @@ def _default_count(recipe: Recipe, bench: Workbench) -> int:
     return min(cores, MOST if recipe.tradeoff == "search" else TOGETHER, recipe.episodes)
 
 
+def _all_played(recipe: Recipe, folder: Path) -> bool:
+    """Whether the log in a run's folder, a line and then one for each episode, is whole."""
+    log = folder / EPISODES_NAME
+    return log.exists() and len(log.read_bytes().splitlines()) > recipe.episodes
+
+
 class _Players:
-    """This process and others. They begin at once, beside what comes before the first episode.
+    """This process and others.
 
     Args:
         count: of all.
         bench: this process's.
     """
 
-    def __init__(self, count: int, recipe: Recipe, bench: Workbench) -> None:
+    def __init__(self, count: int, bench: Workbench) -> None:
         self.count, self.bench = count, bench
         self.hashes = dict(bench.data.hashes)
-        self._closed = False
         self._others = {*multiprocessing.active_children()}
-        self._pool = process_pool(count - 1)
-        for _ in range(count - 1):
+        self._pool: ProcessPoolExecutor | None = None
+
+    def begin(self, recipe: Recipe) -> None:
+        """Begin the others, beside what this one has to do before the first episode."""
+        self._pool = process_pool(self.count - 1)
+        for _ in range(self.count - 1):
             # What fails here fails again in an episode, and is told there.
             self._pool.submit(attempt, open_bench, recipe)
 
     def close(self) -> None:
-        """End the processes, which have nothing more to do."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
-        self._closed = True
+        """End the others, which have nothing more to do."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool = None
 
     def stop(self) -> None:
-        """End them whatever they do, if they have not ended."""
-        if not self._closed:
+        """End the others whatever they do, if they have not ended."""
+        if self._pool is not None:
             stop_processes(self._pool, self._others)
 
     def __call__(
@@ -106,6 +121,7 @@ class _Players:
             ExpungeError: what an episode met.
             ResourceError: a process was killed.
         """
+        assert self._pool is not None
         there: dict[int, Future[Episode | Failure]] = {}
         with self._telling():
             for number in numbers[1:]:

@@ -138,7 +138,7 @@ def _trained(recipe: Recipe, out: Path, bench: Workbench, workers: int | None) -
     # It is written last of all training, so one that is there is whole.
     patch = load_artefact(out)
     if patch is None:
-        with unclaiming(out), players_of(recipe, bench, workers) as players:
+        with unclaiming(out), players_of(recipe, bench, workers, out) as players:
             with one_thread(really=players is not None):
                 context = bench.context(recipe, out)
             stage = Stage(out / STATE_NAME, out / LOSSES_NAME, context)

@@ -176,6 +176,24 @@ def test_all_that_processes_share_is_computed_on_one_thread(
     assert threads == {"compute": {1}, "play": {1}, "_play_last": {2}}
 
 
+def test_none_begins_where_all_is_played(
+    files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = short(files, episodes=2)
+    run(own, tmp_path / "whole", workers=2)
+    with monkeypatch.context() as patched:
+        patched.setattr(exploring, "_play_last", _interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(own, tmp_path / "parts", workers=2)
+    monkeypatch.setattr(players, "process_pool", None)
+    run(own, tmp_path / "parts", workers=2)
+    assert left(tmp_path / "parts") == left(tmp_path / "whole")
+
+
+def _interrupted(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize("workers", [2, None])
 def test_a_script_that_does_its_work_when_imported_is_refused(
     files: dict[str, Path],
@@ -229,6 +247,7 @@ def test_data_that_changed_under_a_run(
 )
 def test_how_many_processes(
     files: dict[str, Path],
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     changes: dict[str, Any],
     cores: int,
@@ -236,11 +255,11 @@ def test_how_many_processes(
 ) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: cores)
     bench = Workbench(short(files, **changes))
-    with players.players_of(bench.recipe, bench, None) as found:
+    with players.players_of(bench.recipe, bench, None, tmp_path) as found:
         assert (1 if found is None else found.count) == expected
     monkeypatch.setattr(players, "SMALL", 1000)
-    with players.players_of(bench.recipe, bench, None) as found:
+    with players.players_of(bench.recipe, bench, None, tmp_path) as found:
         assert found is None
     # But where it is asked for.
-    with players.players_of(bench.recipe, bench, 3) as found:
+    with players.players_of(bench.recipe, bench, 3, tmp_path) as found:
         assert (found is None) == (bench.recipe.tradeoff == "fixed")
