@@ -1,9 +1,9 @@
 """Processes that play the episodes of a run side by side.
 
-What a small model computes is many small operations: two threads are hardly faster than one
-(LOG.md), two processes nearly twice as fast. The run's own process is one of them; each other opens
-the base and the data for itself, so that nothing but numbers of episodes, policies and what was
-seen is handed over; patches go through the run's folder.
+What a small model computes is many small operations, for which two threads are hardly faster than
+one; two processes do more in the same time, how much more depends on the cores (LOG.md). The run's
+own process is one of them; each other opens the base and the data for itself, so that nothing but
+numbers of episodes, policies and what was seen is handed over; patches go through the run's folder.
 """
 
 from __future__ import annotations
