@@ -183,7 +183,7 @@ def _points(axis: Axes, learned: LearnedRun) -> None:
     axis.plot(xs, ys, color=BLUE, linewidth=1, alpha=0.6)
     axis.plot(*_axes(kept), "o", color=BLUE, markersize=6, label="front, seen closer")
     right = min(1.0, 1.2 * max(point.forget for point in kept)) or 1.0
-    for point, numbers in _numbered(kept, 0.04 * right, 0.04 * height):
+    for point, numbers in _numbered(kept, 0.07 * right, 0.04 * height):
         axis.annotate(
             numbers, point, xytext=(4, 5), textcoords="offset points", color=BLUE, fontsize=8
         )
