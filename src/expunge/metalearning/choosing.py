@@ -56,10 +56,10 @@ def best_of(episodes: Episodes, archive: Archive) -> tuple[Entry, int]:
 def settle(episodes: Episodes, archive: Archive) -> int:
     """Look at the front closer, and for something better than the best of it; the number of looks.
 
-    Two runs' changes that leave the base in different directions have in common what forgets and
-    less of what harms: their mean keeps more of the rest at equal forgetting (model soups,
-    arXiv:2203.05482; LOG.md). And a change can be weighed after training too: the scaling
-    coefficient of task arithmetic (arXiv:2212.04089), chosen on validation as there.
+    Means of weights that were trained apart are often better than either (model soups,
+    arXiv:2203.05482); here the mean of two changes kept more of the rest at equal forgetting
+    (LOG.md). And a change can be weighed after training too: the scaling coefficient of task
+    arithmetic (arXiv:2212.04089), chosen on validation as there.
     """
     learning, recipe = episodes.learning, episodes.recipe
     look = look_at(learning, recipe.updated(look_items=CLOSER), episodes.kind, check=False)

@@ -71,7 +71,6 @@ def explore(
         TrainingError: ``folder`` holds episodes from other data or another base.
         DivergedError: nothing could be trained at all, or no state kept the rest.
     """
-
     archive = archive_of(learning, recipe, folder, recipe.front_size)
     episodes = Episodes(learning, recipe, archive)
     log = EpisodeLog(folder / EPISODES_NAME, stage.context, episodes.kind)
