@@ -34,6 +34,7 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import bootstrap, wilcoxon
 
+from expunge.benches import kept_bench
 from expunge.demo import demo_recipe, toxicity_recipe
 from expunge.evaluation.looks import LookKind, OutputLook
 from expunge.evaluation.pareto import hypervolume
@@ -224,13 +225,11 @@ def scores_on_test(bench: Workbench, patch: Patch) -> dict[str, dict[str, float 
 
 MakeCell = Callable[[Workbench, Recipe], dict[str, Any]]
 
-_benches: dict[str, Workbench] = {}
-
 
 def work(recipe: Recipe, make: MakeCell, out: Path) -> dict[str, Any]:
     """A cell in its own process, with how its layer was found; the bench is kept for the next."""
     if not out.exists():
-        bench = _benches.setdefault(recipe.bench_key, Workbench(recipe))
+        bench = kept_bench(recipe)
         settled, how = bench.settled(recipe)
         write_json(out, make(bench, settled) | {"layer": settled.layer, **how})
     found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))

@@ -179,6 +179,7 @@ def test_a_pool_that_is_stopped_ends_by_itself(tmp_path: Path) -> None:
         if begun.exists():
             break
         time.sleep(0.01)
+    assert begun.exists()
     workers = {*multiprocessing.active_children()} - others
     processes.stop_processes(pool, others)
     # Whoever asks second is told 255; one that had to be killed has the signal's number.

@@ -43,9 +43,9 @@ def players_of(
     """What plays a run's episodes; None: the run itself does. Its processes end with the block.
 
     Args:
-        folder: of the run; where all its episodes are played already, no process is begun.
         count: of processes, this one included; None: those that gain, so this one alone on a GPU
             or for a larger base.
+        folder: of the run; where all its episodes are played already, no process is begun.
     """
     plays = recipe.tradeoff in EXPLORING and method_of(recipe).kind != "edit"
     if not plays or recipe.policy_from or bench.start is not None:

@@ -50,6 +50,11 @@ def short(files: dict[str, Path], **changes: Any) -> Recipe:
     return recipe(files, episode_steps=2, evaluate=False, **changes)
 
 
+def run_interrupted(own: Recipe, folder: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(own, folder, workers=2)
+
+
 # ---- rounds
 
 
@@ -118,8 +123,7 @@ def test_a_run_goes_on_in_the_middle_of_a_round(
 
     with monkeypatch.context() as patched:
         patched.setattr(EpisodeLog, "write", write)
-        with pytest.raises(KeyboardInterrupt):
-            run(own, tmp_path / "parts", workers=2)
+        run_interrupted(own, tmp_path / "parts")
     run(own, tmp_path / "parts", workers=2)
     assert left(tmp_path / "parts") == left(tmp_path / "whole")
 
@@ -139,8 +143,7 @@ def test_what_is_finished_is_written_down(
     own = short(files, tradeoff="search", episodes=5)
     with monkeypatch.context() as patched:
         patched.setattr(players, "play", play)
-        with pytest.raises(KeyboardInterrupt):
-            run(own, tmp_path / "parts", workers=2)
+        run_interrupted(own, tmp_path / "parts")
     _, *lines = (tmp_path / "parts" / EPISODES_NAME).read_text(encoding="utf-8").splitlines()
     assert json.loads(lines[0])["number"] == 0
     run(own, tmp_path / "parts", workers=2)
@@ -180,11 +183,10 @@ def test_none_begins_where_all_is_played(
     files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = short(files, episodes=2)
-    run(own, tmp_path / "whole", workers=2)
     with monkeypatch.context() as patched:
         patched.setattr(exploring, "_play_last", _interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            run(own, tmp_path / "parts", workers=2)
+        run_interrupted(own, tmp_path / "parts")
+    run(own, tmp_path / "whole", workers=2)
     monkeypatch.setattr(players, "process_pool", None)
     run(own, tmp_path / "parts", workers=2)
     assert left(tmp_path / "parts") == left(tmp_path / "whole")

@@ -71,9 +71,9 @@ def settle(episodes: Episodes, archive: Archive) -> int:
             point = look()
         return replace(entry, point=point, worth=archive.worth(point), scale=scale)
 
+    # What looked best on a part of validation was lucky too. Where another point now dominates one
+    # that is there, it stays nevertheless.
     front = list(archive.entries)
-    # What is there is not thrown out, even where another point now dominates it: what looked best
-    # on a part of validation was lucky too.
     with learning.progress.phase("front", len(front)) as advance:
         archive.entries = []
         for entry in front:
