@@ -1,13 +1,17 @@
-"""What learning the trade-off costs, against one run of a textbook loop, on the miniature.
+"""What learning the trade-off costs, against one run of a textbook loop.
 
     python benchmarks/tradeoff_cost.py --out results/tradeoff_cost.json
 
-The textbook loop is RMU over whole models (benchmarks/textbook.py), with the demo's steps, batch
-and texts. Between two of its runs: `expunge run --tradeoff learned` from the opened base on,
-prefix, all episodes, looks, the last run and the closer look at the front included, the final test
-left out, episodes in processes beside as that command has them by default. Times are wall seconds,
-an episode's too, whatever ran beside it. A round has the textbook loop before and after,
-since a machine's speed drifts: its ratio is to their mean, and the median of rounds is reported.
+Of two bases: the miniature, which is shallow, so that all its layers are trained, and a random one
+of 32 layers, read at the seventh and trained at three as published. The textbook loop is RMU over
+whole models (benchmarks/textbook.py), all in float32, with the demo's steps, batch and texts.
+Between two of its runs: `expunge run --tradeoff learned` from the opened base on, prefix, all
+episodes, looks, the last run and the closer look at the front included, the final test left out,
+episodes in processes beside as that command has them by default. The random base knows nothing
+that could be asked for: there looks are by representation, and a run goes on whatever they see.
+Times are wall seconds, an episode's too, whatever ran beside it. A round has the textbook loop
+before and after, since a machine's speed drifts: its ratio is to their mean, and the median of
+rounds is reported.
 """
 
 from __future__ import annotations
@@ -22,8 +26,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from engine import LAYER, make_base
 from expunge.demo import demo_recipe
 from expunge.files import write_json
 from expunge.metalearning.episodes import EPISODES_NAME
@@ -37,6 +42,7 @@ from expunge.workbench import Workbench
 from textbook import textbook_rmu
 
 RETAIN_WEIGHT, COEFFICIENT, LR = 20.0, 6.5, 1e-4
+HIDDEN = 256
 
 
 def batches(texts: list[tuple[int, ...]], recipe: Recipe, seed: int) -> list[Tensor]:
@@ -56,7 +62,7 @@ def textbook_seconds(bench: Workbench, recipe: Recipe) -> float:
     tokens = bench.learning.tokens(recipe)
     # As the learned run computes: the miniature is stored in float16, which many CPUs emulate.
     model, frozen = (
-        AutoModelForCausalLM.from_pretrained(base_directory(), dtype=torch.float32)
+        AutoModelForCausalLM.from_pretrained(bench.checkpoint.directory, dtype=torch.float32)
         for _ in range(2)
     )
     target_D = torch.rand(model.config.hidden_size)
@@ -67,7 +73,7 @@ def textbook_seconds(bench: Workbench, recipe: Recipe) -> float:
         frozen,
         forget=forget,
         retain=retain,
-        layer=model.config.num_hidden_layers - 1,
+        layer=max(bench.learning.where(recipe).captured),
         target_D=target_D / target_D.norm(),
         coefficient=COEFFICIENT,
         retain_weight=RETAIN_WEIGHT,
@@ -93,40 +99,63 @@ def learned_seconds(recipe: Recipe) -> tuple[float, list[float]]:
     return seconds, [json.loads(line)["seconds"] for line in lines]
 
 
+def deep_recipe(recipe: Recipe, folder: Path) -> Recipe:
+    """The same run of a random base of 32 layers, which is written to ``folder``."""
+    make_base(folder, HIDDEN)
+    AutoTokenizer.from_pretrained(base_directory()).save_pretrained(folder)
+    return recipe.updated(
+        model=str(folder),
+        layer=LAYER,
+        reward="representation",
+        retain_floor=0.0,
+        collapse_floor=0.0,
+    )
+
+
+def measured(recipe: Recipe, rounds: int) -> dict[str, Any]:
+    """Rounds on one base, and the medians of their ratios."""
+    bench, found = Workbench(recipe), []
+    for _ in range(rounds):
+        before = textbook_seconds(bench, recipe)
+        learned, episodes = learned_seconds(recipe)
+        around = [before, textbook_seconds(bench, recipe)]
+        textbook, episode = statistics.fmean(around), statistics.fmean(episodes)
+        found.append(
+            {
+                "textbook": around,
+                "learned": learned,
+                "episode": episode,
+                "ratio": learned / textbook,
+                "episode_ratio": episode / textbook,
+            }
+        )
+        print(found[-1])
+    return {
+        "trained_layers": list(bench.learning.where(recipe).trained),
+        "learned_over_textbook": statistics.median(r["ratio"] for r in found),
+        "episode_over_textbook": statistics.median(r["episode_ratio"] for r in found),
+        "rounds": found,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("results/tradeoff_cost.json"))
     parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
-    rounds: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
-        check_data().write(Path(name))
-        recipe = demo_recipe(Path(name), tradeoff="learned", oracle=None)
-        bench = Workbench(recipe)
-        for _ in range(given.rounds):
-            before = textbook_seconds(bench, recipe)
-            learned, episodes = learned_seconds(recipe)
-            around = [before, textbook_seconds(bench, recipe)]
-            textbook = statistics.fmean(around)
-            rounds.append(
-                {
-                    "textbook": around,
-                    "learned": learned,
-                    "episode": statistics.fmean(episodes),
-                    "ratio": learned / textbook,
-                    "episode_ratio": statistics.fmean(episodes) / textbook,
-                }
-            )
-            print(rounds[-1])
+        data, deep = Path(name) / "data", Path(name) / "deep"
+        check_data().write(data)
+        recipe = demo_recipe(data, tradeoff="learned", oracle=None)
+        bases = {"miniature": recipe, "32 layers": deep_recipe(recipe, deep)}
+        found = {base: measured(own, given.rounds) for base, own in bases.items()}
     write_json(
         given.out,
         {
             "command": f"python benchmarks/tradeoff_cost.py --rounds {given.rounds}",
             "episodes": recipe.episodes,
             "steps": recipe.steps,
-            "learned_over_textbook": statistics.median(r["ratio"] for r in rounds),
-            "episode_over_textbook": statistics.median(r["episode_ratio"] for r in rounds),
-            "rounds": rounds,
+            **found,
             "environment": environment(),
         },
     )

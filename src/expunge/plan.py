@@ -22,7 +22,7 @@ from expunge.errors import RecipeError
 from expunge.model.checkpoint import Checkpoint
 from expunge.presets import PRESETS
 from expunge.recipe import Recipe
-from expunge.training.tradeoff import default_episode_steps
+from expunge.training.tradeoff import steps_of_action, steps_of_episode
 
 # Share of the matrix-product peak that the engine reaches (results/engine.json).
 EFFICIENCY = 0.5
@@ -36,10 +36,9 @@ PUBLISHED = {"h100": (989e12, 67e12), "a100": (312e12, 19.5e12), "rtx4090": (165
 # H100, 38 to 43 % (arXiv:2407.21783).
 PUBLISHED_EFFICIENCY = 0.38
 
-# Of a learned trade-off, as a recipe has them: episodes, steps between actions, items of a look,
-# which has up to four parts (questions and texts of either side).
+# Of a learned trade-off, as a recipe has them: episodes, and items of a look, which has up to four
+# parts (questions and texts of either side).
 EPISODES: int = Recipe.model_fields["episodes"].default
-ACTION_STEPS: int = Recipe.model_fields["action_every"].default
 LOOK_ITEMS: int = 4 * Recipe.model_fields["look_items"].default
 
 
@@ -141,8 +140,8 @@ def plan(
         device: ``auto``, ``cpu``, ``cuda``, …, which is measured, or a key of PUBLISHED.
         episodes: of a learned trade-off; 0 leaves it out; None: a recipe's.
         episode_steps: optimiser steps of one; None: the default's.
-        look_items: validation items read before each action; None: LOOK_ITEMS. An action is
-            ACTION_STEPS long.
+        look_items: validation items read before each action, of as many steps as a recipe's by
+            default; None: LOOK_ITEMS.
 
     Raises:
         ModelError: the directory is no causal LM in safetensors.
@@ -184,11 +183,11 @@ def plan(
 
     learned = None
     if episodes:
-        if episode_steps is None:
-            episode_steps = default_episode_steps(steps, ACTION_STEPS)
+        action = steps_of_action("auto", steps)
+        episode_steps = steps_of_episode(episode_steps or "auto", steps, action)
         # The first episode is as long as the run.
         taught = episodes - 1
-        looks = taught * _actions(episode_steps) + 2 * _actions(steps)
+        looks = taught * math.ceil(episode_steps / action) + 2 * math.ceil(steps / action)
         # Each runs from the lowest trained layer; the first fills what later ones take from there.
         look = sum(layers[trained[0] :]) + shapes.head
         flops_looks = 2.0 * (sum(layers[: trained[0]]) + look * looks) * look_items * tokens
@@ -302,11 +301,6 @@ class Shapes:
 
 def _is_embedding(name: str) -> bool:
     return any(part in name for part in ("embed", "wte", "wpe"))
-
-
-def _actions(steps: int) -> int:
-    """Actions, and so looks, in so many steps."""
-    return math.ceil(steps / ACTION_STEPS)
 
 
 class _Speed(NamedTuple):

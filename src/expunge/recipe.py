@@ -119,10 +119,10 @@ class Recipe(BaseModel):
         None, description="run whose learned policy sets the knobs; no episodes are played"
     )
     episode_steps: Annotated[int, Field(ge=1)] | Auto = Field(
-        "auto", description="optimiser steps of an episode; auto: a fifth of steps, or two actions"
+        "auto", description="optimiser steps of an episode; auto: two actions"
     )
-    action_every: int = Field(
-        8, ge=1, description="steps between actions of a learned trade-off, and looks"
+    action_every: Annotated[int, Field(ge=1)] | Auto = Field(
+        "auto", description="steps between actions, and looks; auto: a sixteenth of steps"
     )
     reward: LookKind | Auto = Field(
         "auto",

@@ -440,11 +440,11 @@ def test_plan_counts_without_loading(cli, world, monkeypatch):
     assert plan["memory_boundaries"] == 240 * (INNER + 2 * HIDDEN) * 4
     assert plan["seconds"] > 0
     assert (plan["measured"], plan["efficiency"], plan["dtype"]) == (True, 0.5, "float32")
-    # An episode is no longer than the run; each begins with a look, as the run does.
-    learned = plan["learned"]
-    assert (learned["episodes"], learned["episode_steps"], learned["looks"]) == (30, 3, 31)
-    assert learned["flops_train"] == pytest.approx(plan["flops_train"] / 3 * (30 * 3 + 3))
-    assert learned["flops_looks"] == 2 * (LAYERS * layer + embedding) * 31 * 128 * 10
+    # An action is a step here, and an episode two; a look comes before each action.
+    learned, looks = plan["learned"], 29 * 2 + 2 * 3
+    assert (learned["episodes"], learned["episode_steps"], learned["looks"]) == (30, 2, looks)
+    assert learned["flops_train"] == pytest.approx(plan["flops_train"] / 3 * (29 * 2 + 2 * 3))
+    assert learned["flops_looks"] == 2 * (LAYERS * layer + embedding) * looks * 128 * 10
     assert learned["memory_weights"] == 4 * whole + 12 * 3 * projection
     rate = plan["matmul_flops"] * 0.5
     work = plan["flops_prefix"] + learned["flops_train"] + learned["flops_looks"]
@@ -466,8 +466,8 @@ def test_plan_of_a_learned_tradeoff_with_other_numbers(cli, world):
     ]
     plan = cli("plan", "--model", world.model, *asked, "--json").json
     learned = plan["learned"]
-    # Actions at steps 0, 8, 16, 24 of an episode; five in the run and in the first, as long.
-    assert (learned["looks"], learned["look_items"]) == (4 * 4 + 2 * 5, 7)
+    # Actions at steps 0, 3, … 24 of an episode; 14 in the run and in the first, as long.
+    assert (learned["looks"], learned["look_items"]) == (4 * 9 + 2 * 14, 7)
     assert learned["flops_train"] == plan["flops_train"] / 40 * (4 * 25 + 2 * 40)
     assert cli("plan", "--model", world.model, "--episodes", 0, "--json").json["learned"] is None
 
@@ -487,14 +487,14 @@ def test_plan_of_a_preset_without_its_files(cli):
     assert plan["memory_weights"] == 2 * (8 * layer + head) + optimiser
     assert plan["learned"]["memory_weights"] == 2 * 8_030_261_248 + optimiser
     # Each look from layer 5 on, the first from the bottom.
-    looks = (27 * layer + head) * (29 * 4 + 2 * 19) + 5 * layer
+    looks = (27 * layer + head) * (29 * 2 + 2 * 15) + 5 * layer
     assert plan["learned"]["flops_looks"] == 2 * looks * 128 * 512
     deeper = cli(
         *("plan", "--model", "llama-3.1-8b", "--device", "h100", "--json"),
         *("--layer", 11, "--steps", 10, "--dtype", "float32"),
     ).json
     assert (deeper["layer"], deeper["trained_layers"]) == (11, [9, 10, 11])
-    assert (deeper["matmul_flops"], deeper["learned"]["episode_steps"]) == (67e12, 10)
+    assert (deeper["matmul_flops"], deeper["learned"]["episode_steps"]) == (67e12, 2)
 
 
 def test_plan_table_and_depth(cli, world):

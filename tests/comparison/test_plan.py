@@ -85,16 +85,16 @@ def test_a_search_and_its_runs_take_equal_steps_for_every_method() -> None:
     searches = [PLAN.choice("knowledge", name) for name in METHODS if name in OBJECTIVES]
     assert len(searches) > 5
     budgets = {(s.episodes, s.steps, s.action_every, s.look_items) for s in searches if s}
-    assert budgets == {(8, 60, 8, 32)}
+    assert budgets == {(8, 60, "auto", 32)}
 
 
 def test_a_policy_is_taught_once_by_as_many_steps_as_a_search() -> None:
-    """A run of 60 steps, 22 episodes of 16 and the run that follows them: 22·16 + 2·60 ≈ 8·60."""
+    """A run of 60 steps, 45 episodes of 8 and the run that follows them: 45·8 + 2·60 = 8·60."""
     found = PLAN.choice("knowledge", "npo (learned)")
     assert found is not None
     assert (found.tradeoff, found.objective, found.evaluate) == ("learned", "npo", False)
-    assert found.episodes == 23
-    assert abs((found.episodes - 1) * 16 + 2 * found.steps - 8 * 60) <= 8
+    assert found.episodes == 46
+    assert abs((found.episodes - 1) * 8 + 2 * found.steps - 8 * 60) <= 8
     recipe = PLAN.recipe("knowledge", "npo (learned)")
     told = {"tradeoff": {"kind": "learned", "chosen": {}, "tried": []}}
     seed = settled(recipe, CHOICE, told)

@@ -131,12 +131,20 @@ def test_the_layer_of_largest_rank_is_taken(
     assert [one.layer for one in found.tried] == [6, 10, 15, 21]
 
 
-def test_candidates_are_tried_on_equal_terms(planted: type[Planted], files: Any) -> None:
-    """Short runs of seed 0, whatever the recipe's seed and rule."""
+@pytest.mark.parametrize(("given", "short"), [("auto", 80), (6, 6)])
+def test_candidates_are_tried_on_equal_terms(
+    planted: type[Planted], files: Any, given: Any, short: int
+) -> None:
+    """Runs of a fifth of the steps, looked at twice, of seed 0, whatever the recipe's rule."""
     planted.points = dict.fromkeys((6, 10, 15, 21), (0.5, 0.9))
-    calibrate(LEARNING, recipe(files, seed=5, tradeoff="schedule", steps=400))
+    own = recipe(files, seed=5, tradeoff="schedule", steps=400, episode_steps=given)
+    calibrate(LEARNING, own)
+    assert len(planted.recipes) == 4
     for one in planted.recipes:
-        assert (one.seed, one.tradeoff, one.steps, one.episode_steps) == (0, "learned", 6, 6)
+        assert (one.seed, one.tradeoff, one.steps, one.episode_steps) == (
+            0, "learned", short, short,
+        )  # fmt: skip
+        assert one.action_every == short // 2
 
 
 def test_rank_by_hand() -> None:

@@ -153,8 +153,8 @@ def test_the_first_episode_is_the_run_without_learning(bench: Workbench) -> None
 
 @pytest.mark.parametrize(
     ("given_steps", "steps", "expected"),
-    [("auto", 40, 8), ("auto", 12, 4), ("auto", 3, 3), (7, 40, 7)],
-    ids=["fifth", "two actions", "whole", "given"],
+    [("auto", 40, 4), ("auto", 3, 3), (7, 40, 7)],
+    ids=["two actions", "whole", "given"],
 )
 def test_steps_of_an_episode(bench: Workbench, given_steps: Any, steps: int, expected: int) -> None:
     assert episodes(bench, episode_steps=given_steps, steps=steps).steps == expected
@@ -164,6 +164,13 @@ def test_an_episode_has_two_actions_where_the_run_has(bench: Workbench) -> None:
     short = {"episode_steps": "auto", "action_every": 10}
     assert episodes(bench, steps=40, **short).steps == 20
     assert episodes(bench, steps=15, **short).steps == 15
+
+
+@pytest.mark.parametrize(("steps", "action"), [(80, 5), (150, 10), (3, 1)])
+def test_actions_are_a_sixteenth_of_a_run(bench: Workbench, steps: int, action: int) -> None:
+    usual = {"episode_steps": "auto", "action_every": "auto"}
+    found = episodes(bench, steps=steps, **usual)
+    assert (found.action_steps, found.steps) == (action, 2 * action)
 
 
 # ---- one that diverges

@@ -67,7 +67,7 @@ def plan(
         typer.Option(
             min=1,
             metavar="N",
-            help="Steps of each after the first episode; default: a fifth.",
+            help="Steps of each after the first episode; default: two actions.",
         ),
     ] = None,
     look_items: Annotated[

@@ -24,7 +24,7 @@ from expunge.learning import method_of
 from expunge.model.control import CONTROL
 from expunge.recipe import Recipe, merge_overrides, read_settings
 from expunge.registry import nearest, settings_of
-from expunge.training.tradeoff import default_episode_steps
+from expunge.training.tradeoff import steps_of_action, steps_of_episode
 
 LEARNED = " (learned)"
 METHODS = (
@@ -175,9 +175,8 @@ class ComparisonPlan(BaseModel):
             return None
         if not method.endswith(LEARNED):
             return recipe.updated(tradeoff="search", episodes=self.trials)
-        steps = recipe.episode_steps
-        if steps == "auto":
-            steps = default_episode_steps(recipe.steps, recipe.action_every)
+        action = steps_of_action(recipe.action_every, recipe.steps)
+        steps = steps_of_episode(recipe.episode_steps, recipe.steps, action)
         episodes = 1 + max(1, round((self.trials - 2) * recipe.steps / steps))
         return recipe.updated(tradeoff="learned", episodes=episodes)
 

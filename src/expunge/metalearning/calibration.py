@@ -111,7 +111,9 @@ def calibrate(learning: Learning, recipe: Recipe) -> Calibration:
     layers = candidates(n_layers, recipe.trained_layers or ())
     own = recipe.updated(seed=0, tradeoff="learned", layer=layers[0])
     short = Episodes(learning, own).steps
-    own = own.updated(steps=short, episode_steps=short)
+    if own.episode_steps == "auto":  # a layer shows its worth later than a knob
+        short = max(own.steps // 5, short)
+    own = own.updated(steps=short, episode_steps=short, action_every=-(-short // 2))
     tried: list[Tried] = []
     with learning.progress.phase("layers", len(layers)) as advance:
         for layer in layers:

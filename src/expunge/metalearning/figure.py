@@ -61,7 +61,8 @@ class LearnedRun:
             played = tuple(map(Episode.from_dict, lines))
             searched = facts["kind"] == "search"
             last = played[facts["chosen"]["episode"] if searched else -1]
-            every = int(record.provenance["recipe"]["action_every"])
+            # Earlier runs had it in their recipe alone.
+            every = int(facts.get("action_steps") or record.provenance["recipe"]["action_every"])
         except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
             raise DataError(
                 what=f"What {run} holds of a learned trade-off cannot be read",

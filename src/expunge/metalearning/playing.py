@@ -32,8 +32,9 @@ from expunge.training.tradeoff import (
     Actor,
     Learned,
     Scale,
-    default_episode_steps,
     scales_of,
+    steps_of_action,
+    steps_of_episode,
 )
 from expunge.training.watch import Point, Watch
 
@@ -117,12 +118,15 @@ class Episodes:
     @property
     def steps(self) -> int:
         """Inner steps of an episode that teaches; a search tries whole runs."""
-        given, recipe = self.recipe.episode_steps, self.recipe
+        recipe = self.recipe
         if self.searches:
             return recipe.steps
-        if isinstance(given, int):
-            return given
-        return default_episode_steps(recipe.steps, recipe.action_every)
+        return steps_of_episode(recipe.episode_steps, recipe.steps, self.action_steps)
+
+    @property
+    def action_steps(self) -> int:
+        """Inner steps of an action, after which there is a look."""
+        return steps_of_action(self.recipe.action_every, self.recipe.steps)
 
     @cached_property
     def policy(self) -> Policy:
@@ -153,7 +157,7 @@ class Episodes:
             stage: where the state is kept, for the last run.
         """
         recipe = self.recipe if seed is None else self.recipe.updated(seed=seed)
-        look, every = self.look, self.recipe.action_every
+        look, every = self.look, self.action_steps
         rule = Learned(self.scales, actor, every, self.usual["retain_weight"])
         watch = Watch(
             look,

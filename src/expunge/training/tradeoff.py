@@ -170,12 +170,17 @@ class State:
     number: int
 
 
-def default_episode_steps(steps: int, action_every: int) -> int:
-    """Steps of an episode for a run of ``steps``: a fifth, but room for two actions.
+def steps_of_action(given: int | Literal["auto"], steps: int) -> int:
+    """Steps between actions in a run of ``steps``; auto: a sixteenth of them."""
+    return -(-steps // 16) if given == "auto" else given
 
-    The second action can answer to what the first one did.
+
+def steps_of_episode(given: int | Literal["auto"], steps: int, action: int) -> int:
+    """Steps of an episode, for a run of ``steps`` with so many to an action.
+
+    Auto: two actions, of which the second can answer to what the first one did.
     """
-    return max(steps // 5, min(steps, 2 * action_every))
+    return min(steps, 2 * action) if given == "auto" else given
 
 
 # (state) -> the places of all knobs
