@@ -52,7 +52,7 @@ class LearnedPlan:
 
     Attributes:
         episodes, episode_steps: how many, and optimiser steps of each but the first.
-        looks: times that validation items are read for the policy, one before each action, in all.
+        looks: times that validation items are read for the policy, one after each action, in all.
         look_items: items of a look, forward only, from the lowest trained layer to the head.
         flops_train, flops_looks: floating-point operations of all steps, and of all looks.
         memory_weights: bytes of all weights, with gradients and optimiser of the trained ones.
@@ -140,8 +140,8 @@ def plan(
         device: ``auto``, ``cpu``, ``cuda``, …, which is measured, or a key of PUBLISHED.
         episodes: of a learned trade-off; 0 leaves it out; None: a recipe's.
         episode_steps: optimiser steps of one; None: the default's.
-        look_items: validation items read before each action, of as many steps as a recipe's by
-            default; None: LOOK_ITEMS.
+        look_items: validation items read after each action; None: LOOK_ITEMS. Actions are as far
+            apart as a recipe has them by default.
 
     Raises:
         ModelError: the directory is no causal LM in safetensors.
@@ -184,7 +184,9 @@ def plan(
     learned = None
     if episodes:
         action = steps_of_action("auto", steps)
-        episode_steps = steps_of_episode(episode_steps or "auto", steps, action)
+        episode_steps = steps_of_episode(
+            "auto" if episode_steps is None else episode_steps, steps, action
+        )
         # The first episode is as long as the run.
         taught = episodes - 1
         looks = taught * math.ceil(episode_steps / action) + 2 * math.ceil(steps / action)

@@ -122,7 +122,7 @@ class Recipe(BaseModel):
         "auto", description="optimiser steps of an episode; auto: two actions"
     )
     action_every: Annotated[int, Field(ge=1)] | Auto = Field(
-        "auto", description="steps between actions, and looks; auto: a sixteenth of steps"
+        "auto", description="steps between a policy's actions, and looks; auto: 1/16 of steps"
     )
     reward: LookKind | Auto = Field(
         "auto",

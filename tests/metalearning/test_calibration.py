@@ -135,16 +135,20 @@ def test_the_layer_of_largest_rank_is_taken(
 def test_candidates_are_tried_on_equal_terms(
     planted: type[Planted], files: Any, given: Any, short: int
 ) -> None:
-    """Runs of a fifth of the steps, looked at twice, of seed 0, whatever the recipe's rule."""
+    """Runs of seed 0, a fifth of the steps long unless set, whatever the recipe's seed and rule."""
     planted.points = dict.fromkeys((6, 10, 15, 21), (0.5, 0.9))
-    own = recipe(files, seed=5, tradeoff="schedule", steps=400, episode_steps=given)
-    calibrate(LEARNING, own)
+    asked = {"seed": 5, "tradeoff": "schedule", "steps": 400, "episode_steps": given}
+    calibrate(LEARNING, recipe(files, action_every="auto", **asked))
     assert len(planted.recipes) == 4
     for one in planted.recipes:
-        assert (one.seed, one.tradeoff, one.steps, one.episode_steps) == (
-            0, "learned", short, short,
-        )  # fmt: skip
-        assert one.action_every == short // 2
+        assert (one.seed, one.tradeoff) == (0, "learned")
+        assert (one.steps, one.episode_steps, one.action_every) == (short, short, short // 2)
+
+
+def test_candidates_are_looked_at_as_often_as_asked(planted: type[Planted], files: Any) -> None:
+    planted.points = dict.fromkeys((6, 10, 15, 21), (0.5, 0.9))
+    calibrate(LEARNING, recipe(files, steps=400, action_every=3))
+    assert {one.action_every for one in planted.recipes} == {3}
 
 
 def test_rank_by_hand() -> None:

@@ -138,8 +138,8 @@ def test_the_mean_is_taken_where_it_is_worth_more(planted: Any) -> None:
     assert (taken.episode, taken.step, taken.other, taken.scale) == (1, 6, (2, 6), 1.0)
     assert deltas(archive, taken) == [0.5, 0.5]
     assert taken.point == pytest.approx((1.0, 0.805)) and taken.worth == pytest.approx(0.805)
-    # Two points; the mean, at 1.1 and at .9. The best change is not tried at other scales.
-    assert len(archive.entries) == 3 and looks == 2 + 3
+    # Two points; the first at 1.1, .9 and .8; the mean, at 1.1 and at .9.
+    assert len(archive.entries) == 3 and looks == 2 + 3 + 3
 
 
 def test_the_mean_at_another_scale(planted: Any) -> None:

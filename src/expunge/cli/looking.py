@@ -67,12 +67,12 @@ def plan(
         typer.Option(
             min=1,
             metavar="N",
-            help="Steps of each after the first episode; default: two actions.",
+            help="Steps of each after the first episode; default: about an eighth.",
         ),
     ] = None,
     look_items: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="Validation items read before each action."),
+        typer.Option(min=1, metavar="N", help="Validation items read after each action."),
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -8,6 +8,7 @@ the one whose points have the largest hypervolume is taken. The test split is no
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ from expunge.training.watch import Point
 CALIBRATION_NAME = "calibration.json"
 # Depths that are tried, as shares of the layers; the published ones lie between .2 and .4.
 DEPTHS = (0.22, 0.34, 0.5, 0.7, 1.0)
+# Of a run's steps, what a short run has unless ``episode_steps`` is set: one in so many.
+SHARE = 5
 
 
 @dataclass(frozen=True)
@@ -111,9 +114,10 @@ def calibrate(learning: Learning, recipe: Recipe) -> Calibration:
     layers = candidates(n_layers, recipe.trained_layers or ())
     own = recipe.updated(seed=0, tradeoff="learned", layer=layers[0])
     short = Episodes(learning, own).steps
-    if own.episode_steps == "auto":  # a layer shows its worth later than a knob
-        short = max(own.steps // 5, short)
-    own = own.updated(steps=short, episode_steps=short, action_every=-(-short // 2))
+    if own.episode_steps == "auto":
+        short = max(own.steps // SHARE, short)
+    every = math.ceil(short / 2) if own.action_every == "auto" else own.action_every
+    own = own.updated(steps=short, episode_steps=short, action_every=every)
     tried: list[Tried] = []
     with learning.progress.phase("layers", len(layers)) as advance:
         for layer in layers:

@@ -59,8 +59,7 @@ def settle(episodes: Episodes, archive: Archive) -> int:
     Means of weights that were trained apart are often better than either (model soups,
     arXiv:2203.05482); here the mean of two changes kept more of the rest at equal forgetting
     (LOG.md). And a change can be weighed after training too: the scaling coefficient of task
-    arithmetic (arXiv:2212.04089), chosen on validation as there: of the mean, or where that comes
-    to no more than the best change, of this.
+    arithmetic (arXiv:2212.04089), chosen on validation as there.
     """
     learning, recipe = episodes.learning, episodes.recipe
     look = look_at(learning, recipe.updated(look_items=CLOSER), episodes.kind, check=False)
@@ -82,19 +81,18 @@ def settle(episodes: Episodes, archive: Archive) -> int:
             advance(1)
     best = archive.best
     patch, second = Patch.load(archive.path(best)), archive.second(best)
-    facts, found, looks = patch.metadata, best, len(front)
-    with learning.progress.phase("scales", 1) as advance:
+    facts = patch.metadata
+    with learning.progress.phase("scales", 1 if second is None else 2) as advance:
+        found, looks = rescaled(best, partial(seen, patch, best))
+        advance(1)
         if second is not None:
             mean = (patch + Patch.load(archive.path(second))) * 0.5
             start = seen(mean, replace(best, other=(second.episode, second.step)))
             other, more = rescaled(start, partial(seen, mean, start))
             looks += 1 + more
-            if other.worth > best.worth:
+            if other.worth > found.worth:
                 found, patch = other, mean
-        if found is best:
-            found, more = rescaled(best, partial(seen, patch, best))
-            looks += more
-        advance(1)
+            advance(1)
     if not found.was_seen:
         told = {"point": found.point._asdict(), "scale": found.scale, "other": found.other}
         training = {**facts["training"], **told}
@@ -102,7 +100,7 @@ def settle(episodes: Episodes, archive: Archive) -> int:
         made.save(archive.path(found))
         archive.entries.append(found)
     archive.entries.sort(key=lambda entry: entry.point)
-    return looks
+    return len(front) + looks
 
 
 def rescaled(entry: Entry, seen: Callable[[float], Entry]) -> tuple[Entry, int]:

@@ -24,6 +24,8 @@ TradeoffKind = Literal["fixed", "schedule", "learned", "search"]
 EXPLORING: tuple[TradeoffKind, ...] = ("learned", "search")
 
 START = Point(0.0, 1.0)
+# Of a run, unless its recipe says how many steps each has.
+ACTIONS = 16
 # Knobs that every objective has, as multiples of what a run without learning would use.
 COMMON_KNOBS = (
     Knob("lr", 0.2, 5.0, relative=True),
@@ -171,8 +173,8 @@ class State:
 
 
 def steps_of_action(given: int | Literal["auto"], steps: int) -> int:
-    """Steps between actions in a run of ``steps``; auto: a sixteenth of them."""
-    return -(-steps // 16) if given == "auto" else given
+    """Steps between actions in a run of ``steps``; auto: as many as make `ACTIONS`."""
+    return math.ceil(steps / ACTIONS) if given == "auto" else given
 
 
 def steps_of_episode(given: int | Literal["auto"], steps: int, action: int) -> int:
