@@ -3,15 +3,17 @@
     python benchmarks/tradeoff_cost.py --out results/tradeoff_cost.json
 
 Of two bases: the miniature, which is shallow, so that all its layers are trained, and a random one
-of 32 layers, read at the seventh and trained at three as published. The textbook loop is RMU over
-whole models (benchmarks/textbook.py), all in float32, with the demo's steps, batch and texts.
-Between two of its runs: `expunge run --tradeoff learned` from the opened base on, prefix, all
-episodes, looks, the last run and the closer look at the front included, the final test left out,
-episodes in processes beside as that command has them by default. The random base knows nothing
-that could be asked for: there looks are by representation, and a run goes on whatever they see.
-Times are wall seconds, an episode's too, whatever ran beside it. A round has the textbook loop
-before and after, since a machine's speed drifts: its ratio is to their mean, and the median of
-rounds is reported.
+of 32 layers and the same width, read at layer 7 and trained at three as published; there with looks
+by representation and by likelihood. The random base has no answer to any question: it is looked at
+by as many texts, and a run goes on whatever they show.
+
+The textbook loop is RMU over whole models (benchmarks/textbook.py), with the demo's steps, batch
+and texts, in float32 as all is. Between two of its runs: `expunge run --tradeoff learned` from the
+opened base on, prefix, all episodes, looks, the last run and the closer look at the front included,
+the final test left out, episodes in processes beside as that command has them by default. Times are
+wall seconds, an episode's too, whatever ran beside it. A round has the textbook loop before and
+after, since a machine's speed drifts: its ratio is to their mean, and the median of rounds is
+reported.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from engine import LAYER, make_base
 from expunge.demo import demo_recipe
+from expunge.evaluation.looks import LookKind
 from expunge.files import write_json
 from expunge.metalearning.episodes import EPISODES_NAME
 from expunge.metalearning.exploring import explore
@@ -42,7 +45,8 @@ from expunge.workbench import Workbench
 from textbook import textbook_rmu
 
 RETAIN_WEIGHT, COEFFICIENT, LR = 20.0, 6.5, 1e-4
-HIDDEN = 256
+# Width of the miniature.
+HIDDEN = 128
 
 
 def batches(texts: list[tuple[int, ...]], recipe: Recipe, seed: int) -> list[Tensor]:
@@ -82,8 +86,8 @@ def textbook_seconds(bench: Workbench, recipe: Recipe) -> float:
     return time.perf_counter() - start
 
 
-def learned_seconds(recipe: Recipe) -> tuple[float, list[float]]:
-    """A learned run from the opened base on, and the short episodes' own times."""
+def learned_run(recipe: Recipe) -> dict[str, Any]:
+    """Seconds of a learned run from the opened base on, and of its parts."""
     bench = Workbench(recipe)
     bench.learning.opened(recipe.model, None)
     bench.learning.tokens(recipe)
@@ -94,19 +98,31 @@ def learned_seconds(recipe: Recipe) -> tuple[float, list[float]]:
             stage = Stage(state=folder / "state.safetensors")
             explore(bench.learning, recipe, folder, stage, players)
         seconds = time.perf_counter() - start
-        # Without the first line, the first episode, which is a whole run, and the last run.
-        lines = (folder / EPISODES_NAME).read_text(encoding="utf-8").splitlines()[2:-1]
-    return seconds, [json.loads(line)["seconds"] for line in lines]
+        _, *lines = (folder / EPISODES_NAME).read_text(encoding="utf-8").splitlines()
+    # The first episode is a whole run, and the last line the run after them.
+    first, *short, last = map(json.loads, lines)
+    return {
+        "learned": seconds,
+        "first": first["seconds"],
+        "episode": statistics.fmean(one["seconds"] for one in short),
+        "last": last["seconds"],
+        "timing": dict(bench.learning.timing),
+        "inner_steps": sum(one["steps"] for one in (first, *short, last)),
+        "processes": 1 if players is None else players.count,
+    }
 
 
-def deep_recipe(recipe: Recipe, folder: Path) -> Recipe:
+def deep_recipe(recipe: Recipe, folder: Path, reward: LookKind) -> Recipe:
     """The same run of a random base of 32 layers, which is written to ``folder``."""
     make_base(folder, HIDDEN)
     AutoTokenizer.from_pretrained(base_directory()).save_pretrained(folder)
     return recipe.updated(
         model=str(folder),
         layer=LAYER,
-        reward="representation",
+        questions=None,
+        retain_questions=None,
+        look_items=2 * recipe.look_items,
+        reward=reward,
         retain_floor=0.0,
         collapse_floor=0.0,
     )
@@ -117,21 +133,23 @@ def measured(recipe: Recipe, rounds: int) -> dict[str, Any]:
     bench, found = Workbench(recipe), []
     for _ in range(rounds):
         before = textbook_seconds(bench, recipe)
-        learned, episodes = learned_seconds(recipe)
+        learned = learned_run(recipe)
         around = [before, textbook_seconds(bench, recipe)]
-        textbook, episode = statistics.fmean(around), statistics.fmean(episodes)
+        textbook = statistics.fmean(around)
         found.append(
             {
                 "textbook": around,
-                "learned": learned,
-                "episode": episode,
-                "ratio": learned / textbook,
-                "episode_ratio": episode / textbook,
+                **learned,
+                "ratio": learned["learned"] / textbook,
+                "episode_ratio": learned["episode"] / textbook,
             }
         )
         print(found[-1])
+    where = bench.learning.where(recipe)
     return {
-        "trained_layers": list(bench.learning.where(recipe).trained),
+        "layers": bench.checkpoint.n_layers,
+        "trained_layers": list(where.trained),
+        "read_layers": list(where.captured),
         "learned_over_textbook": statistics.median(r["ratio"] for r in found),
         "episode_over_textbook": statistics.median(r["episode_ratio"] for r in found),
         "rounds": found,
@@ -147,7 +165,9 @@ def main() -> None:
         data, deep = Path(name) / "data", Path(name) / "deep"
         check_data().write(data)
         recipe = demo_recipe(data, tradeoff="learned", oracle=None)
-        bases = {"miniature": recipe, "32 layers": deep_recipe(recipe, deep)}
+        kinds: tuple[LookKind, ...] = ("representation", "likelihood")
+        bases = {"miniature": recipe}
+        bases |= {f"32 layers, {kind}": deep_recipe(recipe, deep, kind) for kind in kinds}
         found = {base: measured(own, given.rounds) for base, own in bases.items()}
     write_json(
         given.out,
@@ -155,7 +175,7 @@ def main() -> None:
             "command": f"python benchmarks/tradeoff_cost.py --rounds {given.rounds}",
             "episodes": recipe.episodes,
             "steps": recipe.steps,
-            **found,
+            "bases": found,
             "environment": environment(),
         },
     )
