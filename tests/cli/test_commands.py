@@ -440,7 +440,7 @@ def test_plan_counts_without_loading(cli, world, monkeypatch):
     assert plan["memory_boundaries"] == 240 * (INNER + 2 * HIDDEN) * 4
     assert plan["seconds"] > 0
     assert (plan["measured"], plan["efficiency"], plan["dtype"]) == (True, 0.5, "float32")
-    # An action is a step here, and an episode two; a look comes before each action.
+    # An action is a step here, and an episode two; a look comes after each action.
     learned, looks = plan["learned"], 29 * 2 + 2 * 3
     assert (learned["episodes"], learned["episode_steps"], learned["looks"]) == (30, 2, looks)
     assert learned["flops_train"] == pytest.approx(plan["flops_train"] / 3 * (29 * 2 + 2 * 3))
