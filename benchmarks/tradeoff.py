@@ -1,7 +1,7 @@
 """The learned trade-off against fixed settings, random search and Optuna's TPE, side by side.
 
-    python benchmarks/tradeoff.py --function knowledge --first-seed 510 --out FILE
-    python benchmarks/tradeoff.py --function toxicity --set episodes=10 --first-seed 510 --out FILE
+    python benchmarks/tradeoff.py --function knowledge --first-seed 530 --out FILE
+    python benchmarks/tradeoff.py --function toxicity --first-seed 520 --out FILE
 
 Every method gets as many episodes of as many inner steps, with the same looks at validation, and a
 last run of full length: learned with its policy, the searches with the knobs of their best episode,

@@ -168,7 +168,7 @@ def main() -> None:
         kinds: tuple[LookKind, ...] = ("representation", "likelihood")
         bases = {"miniature": recipe}
         bases |= {f"32 layers, {kind}": deep_recipe(recipe, deep, kind) for kind in kinds}
-        # The deep base takes long, and varied by some hundredths.
+        # The deep base takes long, so it has fewer rounds.
         rounds = dict.fromkeys(bases, max(1, given.rounds // 3)) | {"miniature": given.rounds}
         found = {base: measured(own, rounds[base]) for base, own in bases.items()}
     write_json(
