@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
+# Of the processes that tests begin, too: sums of two threads are rounded otherwise on some CPUs.
+os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
