@@ -16,7 +16,7 @@ demo: $(STAMP)  ## the main job on the embedded miniature
 	$(BIN)/expunge demo -o demo-run
 
 test: $(STAMP)  ## the default suite: no GPU, no hub, no network
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 check: $(STAMP)  ## lint, format, types, import direction
 	$(BIN)/ruff check .
