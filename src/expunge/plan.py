@@ -19,6 +19,8 @@ import torch
 
 from expunge.defaults import resolve_device, resolve_dtype, resolve_layers
 from expunge.errors import RecipeError
+from expunge.metalearning.choosing import CLOSER, CLOSER_TEXTS, SCALE_LOOKS
+from expunge.metalearning.looking import texts_beside
 from expunge.model.checkpoint import Checkpoint
 from expunge.presets import PRESETS
 from expunge.recipe import Recipe
@@ -36,10 +38,9 @@ PUBLISHED = {"h100": (989e12, 67e12), "a100": (312e12, 19.5e12), "rtx4090": (165
 # H100, 38 to 43 % (arXiv:2407.21783).
 PUBLISHED_EFFICIENCY = 0.38
 
-# Of a learned trade-off, as a recipe has them: episodes, and items of a look, which has up to four
-# parts (questions and texts of either side).
-EPISODES: int = Recipe.model_fields["episodes"].default
-LOOK_ITEMS: int = 4 * Recipe.model_fields["look_items"].default
+# What a question with its choices counts of a text, and how many parts of a look are questions:
+# those on what is to go, and those on the rest.
+QUESTION_SHARE, QUESTION_PARTS = 0.25, 2
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,13 @@ class LearnedPlan:
 
     Attributes:
         episodes, episode_steps: how many, and optimiser steps of each but the first.
-        looks: times that validation items are read for the policy, one after each action, in all.
-        look_items: items of a look, forward only, from the lowest trained layer to the head.
-        flops_train, flops_looks: floating-point operations of all steps, and of all looks.
+        looks: times that validation is looked at for the policy, one after each action, in all.
+        look_items: questions of each side in such a look; there are half as many texts of the rest.
+        closer_looks: looks at the front's points and at what is made of them, at the end.
+        flops_train, flops_looks, flops_closer: floating-point operations of all steps, of all looks
+            and of all closer ones: forward only, from the lowest trained layer to the head. A
+            question with its choices is taken for a quarter of a text. Closer looks are counted as
+            if validation had as many items as they read at most.
         memory_weights: bytes of all weights, with gradients and optimiser of the trained ones.
         seconds: estimated time of computing prefix, steps and looks.
     """
@@ -63,8 +68,10 @@ class LearnedPlan:
     episode_steps: int
     looks: int
     look_items: int
+    closer_looks: int
     flops_train: float
     flops_looks: float
+    flops_closer: float
     memory_weights: int
     seconds: float
 
@@ -135,13 +142,13 @@ def plan(
         model: a preset's name, a directory (``./NAME`` where a preset has its name), or a name on
             the Hub.
         layer: deepest layer read, or ``auto``.
-        tokens: of every text and validation item; each step reads ``batch_size`` forget and as
+        tokens: of every text; each step reads ``batch_size`` forget and as
             many retain texts.
         device: ``auto``, ``cpu``, ``cuda``, …, which is measured, or a key of PUBLISHED.
         episodes: of a learned trade-off; 0 leaves it out; None: a recipe's.
         episode_steps: optimiser steps of one; None: the default's.
-        look_items: validation items read after each action; None: LOOK_ITEMS. Actions are as far
-            apart as a recipe has them by default.
+        look_items: of a recipe; None: its default. Actions are as far apart as a recipe has them by
+            default.
 
     Raises:
         ModelError: the directory is no causal LM in safetensors.
@@ -153,8 +160,7 @@ def plan(
         default = brought.get(name, Recipe.model_fields[name].default)
         return default if given is None else given
 
-    episodes = EPISODES if episodes is None else episodes
-    look_items = LOOK_ITEMS if look_items is None else look_items
+    episodes, look_items = chosen(episodes, "episodes"), chosen(look_items, "look_items")
     steps, batch_size = chosen(steps, "steps"), chosen(batch_size, "batch_size")
     tokens, dtype = chosen(tokens, "max_tokens"), chosen(dtype, "dtype")
     width = resolve_dtype(dtype).itemsize
@@ -192,7 +198,14 @@ def plan(
         looks = taught * math.ceil(episode_steps / action) + 2 * math.ceil(steps / action)
         # Each runs from the lowest trained layer; the first fills what later ones take from there.
         look = sum(layers[trained[0] :]) + shapes.head
-        flops_looks = 2.0 * (sum(layers[: trained[0]]) + look * looks) * look_items * tokens
+        closer_looks = Recipe.model_fields["front_size"].default + 1 + SCALE_LOOKS
+
+        def flops_of(times: int, questions: int, texts: int) -> float:
+            items = QUESTION_PARTS * QUESTION_SHARE * questions + texts
+            return 2.0 * (sum(layers[: trained[0]]) + look * times) * items * tokens
+
+        flops_looks = flops_of(looks, look_items, texts_beside(look_items))
+        flops_closer = flops_of(closer_looks, CLOSER, CLOSER_TEXTS)
         flops_all = flops_step * (taught * episode_steps + 2 * steps)
         learned = LearnedPlan(
             episodes=episodes,
@@ -200,9 +213,11 @@ def plan(
             looks=looks,
             look_items=look_items,
             flops_train=flops_all,
+            closer_looks=closer_looks,
             flops_looks=flops_looks,
+            flops_closer=flops_closer,
             memory_weights=shapes.elements * width + optimiser,
-            seconds=seconds(flops_prefix, flops_all, flops_looks),
+            seconds=seconds(flops_prefix, flops_all, flops_looks, flops_closer),
         )
     return Plan(
         layer=layer,

@@ -180,6 +180,7 @@ def print_plan(console: Console, plan: Plan) -> None:
         "work, prefix": f"{plan.flops_prefix:.2e} operations",
         "work, steps": f"{plan.flops_train:.2e}",
         "work, looks": "none",
+        "work, end": "none",
         "weights, optimiser": f"{_gib(plan.memory_weights)} GiB",
         "a step": f"{_gib(plan.memory_step)} GiB (estimate)",
         "boundaries": f"{_gib(plan.memory_boundaries)} GiB, RAM or file",
@@ -197,7 +198,8 @@ def print_plan(console: Console, plan: Plan) -> None:
             "layers read": f"{plan.layers_total} of {plan.layers_total}",
             "weights read": f"{_gib(plan.bytes_total)} GiB",
             "work, steps": f"{learned.flops_train:.2e}: {run}",
-            "work, looks": f"{learned.flops_looks:.2e}: {looks} x {learned.look_items} items",
+            "work, looks": f"{learned.flops_looks:.2e}: {looks} x {learned.look_items} questions",
+            "work, end": f"{learned.flops_closer:.2e}: {learned.closer_looks} closer looks",
             "weights, optimiser": f"{_gib(learned.memory_weights)} GiB",
             "time": f"about {_duration(learned.seconds)}",
         }

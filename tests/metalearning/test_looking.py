@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from expunge import miniature
-from expunge.evaluation.looks import LOOK_KINDS, LookKind, OutputLook
+from expunge.evaluation.looks import LOOK_KINDS, LookKind, OutputLook, RepresentationLook
 from expunge.metalearning.looking import kind_of, look_at
 from expunge.recipe import Recipe
 from expunge.workbench import Workbench
@@ -42,6 +42,33 @@ def test_looks_are_by_likelihood_unless_asked_otherwise(files: dict[str, Path]) 
     assert [kind_of(own.updated(reward=kind)) for kind in LOOK_KINDS] == list(LOOK_KINDS)
 
 
+def test_there_are_half_as_many_texts_beside_questions(files: dict[str, Path]) -> None:
+    own = recipe(files)
+    learning = Workbench(own).learning
+
+    def sizes(own: Recipe, **given: Any) -> dict[str, int]:
+        look = look_at(learning, own, "likelihood", **given)
+        assert isinstance(look, OutputLook)
+        return {name: len(part.prepared.groups) for name, part in look.parts.items()}
+
+    sides = {"forget_questions": 6, "retain_questions": 6}
+    assert sizes(own) == sides | {"retain_texts": 3}
+    assert sizes(own, most_texts=2) == sides | {"retain_texts": 2}
+    assert sizes(own, most_texts=100) == sizes(own)
+    assert sizes(own, texts_only=True) == {"forget_texts": 6, "retain_texts": 6}
+    one = dict.fromkeys([*sides, "retain_texts"], 1)
+    assert sizes(own.updated(look_items=1)) == one
+
+
+def test_a_look_at_activations_reads_so_many_texts_at_most(files: dict[str, Path]) -> None:
+    own = recipe(files)
+    learning = Workbench(own).learning
+    for given, count in (({}, 6), ({"most_texts": 2}, 2), ({"most_texts": 9}, 6)):
+        look = look_at(learning, own, "representation", **given)
+        assert isinstance(look, RepresentationLook)
+        assert (len(look.forget.texts), len(look.retain.texts)) == (count, count)
+
+
 @pytest.mark.parametrize("kind", ["accuracy", "likelihood"])
 def test_layers_below_the_trained_ones_run_in_the_first_look_alone(
     files: dict[str, Path], kind: LookKind
@@ -52,7 +79,7 @@ def test_layers_below_the_trained_ones_run_in_the_first_look_alone(
     assert isinstance(look, OutputLook) and look.replay is not None
     model = learning.opened(own.model, None).model
     assert tuple(look()) == (0.0, 1.0)
-    patch, _ = learning.train(own.updated(tradeoff="fixed", lr=0.05))
+    patch, _ = learning.train(own.updated(tradeoff="fixed", lr=0.2))
     ran: list[None] = []
     model.model.layers[4].mlp.register_forward_hook(lambda *_args: ran.append(None))
     with patch.applied(model):

@@ -72,7 +72,11 @@ def plan(
     ] = None,
     look_items: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="Validation items read after each action."),
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Questions of each side of a look after an action; default: a recipe's.",
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -16,8 +16,10 @@ from expunge.metalearning.looking import look_at
 from expunge.metalearning.playing import Episodes
 from expunge.model.patch import Patch
 
-# Items of each part of the last look at the front's points.
-CLOSER = 500
+# Questions or pairs, and texts, of each part of the last look at the front's points.
+CLOSER, CLOSER_TEXTS = 256, 128
+# Looks that finding a scale of the best change, and of its mean with another, took as a rule.
+SCALE_LOOKS = 9
 # Steps between the scales that the best point's change is tried at, and how far they go.
 SCALE_STEP = 0.1
 SCALES = (0.5, 1.5)
@@ -62,7 +64,8 @@ def settle(episodes: Episodes, archive: Archive) -> int:
     arithmetic (arXiv:2212.04089), chosen on validation as there.
     """
     learning, recipe = episodes.learning, episodes.recipe
-    look = look_at(learning, recipe.updated(look_items=CLOSER), episodes.kind, check=False)
+    closer = recipe.updated(look_items=CLOSER)
+    look = look_at(learning, closer, episodes.kind, check=False, most_texts=CLOSER_TEXTS)
     model = learning.opened(recipe.model, None if reads_outputs(recipe) else 1).model
 
     def seen(patch: Patch, entry: Entry, scale: float = 1.0) -> Entry:

@@ -40,6 +40,7 @@ def look_at(
     split: Split = "validation",
     texts_only: bool = False,
     check: bool = True,
+    most_texts: int | None = None,
 ) -> Look:
     """A look at held-back data; for one at what the model says, the whole is opened.
 
@@ -50,14 +51,19 @@ def look_at(
     Args:
         texts_only: leave questions and pairs out.
         check: whether to refuse a base that answers no better than chance.
+        most_texts: of a part, where ``look_items`` would be more.
 
     Raises:
         DataError: nothing to look at on a side, or a base that answers no better than chance.
     """
+    held_back = learning.data.measured[split]
+    most_texts = recipe.look_items if most_texts is None else min(most_texts, recipe.look_items)
     if kind == "representation":  # the bench refuses it for an objective that reads none
-        return _representation(learning, recipe, split)
-    held_back, opened = learning.data.measured[split], learning.opened(recipe.model, None)
-    key = (kind, split, texts_only, check, recipe.look_items, recipe.max_tokens)
+        return _representation(learning, recipe, split, most_texts)
+    opened = learning.opened(recipe.model, None)
+    beside = not texts_only and bool(held_back.retain_questions or held_back.pairs)
+    retain_texts = texts_beside(recipe.look_items) if beside else recipe.look_items
+    key = (kind, split, texts_only, check, recipe.look_items, most_texts, recipe.max_tokens)
     look = learning.looks.get(key)
     replay = _replay(learning, recipe, opened, look)
     if look is None:
@@ -68,8 +74,8 @@ def look_at(
             kind,
             forget_questions=() if texts_only else some(held_back.forget_questions),
             retain_questions=() if texts_only else some(held_back.retain_questions),
-            forget_texts=some(held_back.forget_texts or learning.data.forgotten),
-            retain_texts=some(held_back.retain_texts),
+            forget_texts=pool(held_back.forget_texts or learning.data.forgotten, most_texts),
+            retain_texts=pool(held_back.retain_texts, min(retain_texts, most_texts)),
             pairs=() if texts_only else some(held_back.pairs),
             check=check,
             max_tokens=fitting_tokens(recipe.max_tokens, learning.checkpoint.config),
@@ -77,6 +83,15 @@ def look_at(
         )
     look.replay = replay
     return replace(look, raw={})
+
+
+def texts_beside(items: int) -> int:
+    """How many texts there are beside so many questions or pairs.
+
+    A question has one answer to be scored, a text many tokens: half as many tell what is kept at
+    least as well (LOG.md, "Texts of a look").
+    """
+    return -(-items // 2)
 
 
 def guard(learning: Learning, recipe: Recipe) -> Watch | None:
@@ -110,15 +125,17 @@ def _replay(
     return Replay(opened.model, opened.structure, first, limit_bytes=limit) if first else None
 
 
-def _representation(learning: Learning, recipe: Recipe, split: Split) -> RepresentationLook:
+def _representation(
+    learning: Learning, recipe: Recipe, split: Split, limit: int
+) -> RepresentationLook:
     cut, (_, tokenizer) = learning.cut(recipe), learning.any_opened(recipe)
-    key = (split, recipe.look_items)
+    key = (split, limit)
     if key not in cut.held_back:
         held_back = learning.data.measured[split]
         longest = fitting_tokens(recipe.max_tokens, learning.checkpoint.config)
         stores = []
         for texts in (held_back.forget_texts or learning.data.forgotten, held_back.retain_texts):
-            encoded = encode(pool(texts, recipe.look_items), tokenizer, max_tokens=longest)
+            encoded = encode(pool(texts, limit), tokenizer, max_tokens=longest)
             stores.append(
                 BoundaryStore(
                     cut.segment,
