@@ -5,7 +5,7 @@
 Of two bases: the miniature, which is shallow, so that all its layers are trained, and a random one
 of 32 layers and the same width, read at layer 7 and trained at three as published; there with looks
 by representation and by likelihood. The random base has no answer to any question: it is looked at
-by as many texts, and a run goes on whatever they show.
+by as many texts instead, and a run goes on whatever they show.
 
 The textbook loop is RMU over whole models (benchmarks/textbook.py), with the demo's steps, batch
 and texts, in float32 as all is. Between two of its runs: `expunge run --tradeoff learned` from the
@@ -121,7 +121,6 @@ def deep_recipe(recipe: Recipe, folder: Path, reward: LookKind) -> Recipe:
         layer=LAYER,
         questions=None,
         retain_questions=None,
-        look_items=2 * recipe.look_items,
         reward=reward,
         retain_floor=0.0,
         collapse_floor=0.0,

@@ -19,7 +19,7 @@ import torch
 
 from expunge.defaults import resolve_device, resolve_dtype, resolve_layers
 from expunge.errors import RecipeError
-from expunge.metalearning.choosing import CLOSER, CLOSER_TEXTS, SCALE_LOOKS
+from expunge.metalearning.choosing import CLOSER, SCALE_LOOKS
 from expunge.metalearning.looking import texts_beside
 from expunge.model.checkpoint import Checkpoint
 from expunge.presets import PRESETS
@@ -54,7 +54,7 @@ class LearnedPlan:
     Attributes:
         episodes, episode_steps: how many, and optimiser steps of each but the first.
         looks: times that validation is looked at for the policy, one after each action, in all.
-        look_items: questions of each side in such a look; there are half as many texts of the rest.
+        look_items: questions of each side in such a look; there are a quarter as many texts.
         closer_looks: looks at the front's points and at what is made of them, at the end.
         flops_train, flops_looks, flops_closer: floating-point operations of all steps, of all looks
             and of all closer ones: forward only, from the lowest trained layer to the head. A
@@ -205,7 +205,7 @@ def plan(
             return 2.0 * (sum(layers[: trained[0]]) + look * times) * items * tokens
 
         flops_looks = flops_of(looks, look_items, texts_beside(look_items))
-        flops_closer = flops_of(closer_looks, CLOSER, CLOSER_TEXTS)
+        flops_closer = flops_of(closer_looks, CLOSER, texts_beside(CLOSER))
         flops_all = flops_step * (taught * episode_steps + 2 * steps)
         learned = LearnedPlan(
             episodes=episodes,

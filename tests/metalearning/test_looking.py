@@ -42,7 +42,7 @@ def test_looks_are_by_likelihood_unless_asked_otherwise(files: dict[str, Path]) 
     assert [kind_of(own.updated(reward=kind)) for kind in LOOK_KINDS] == list(LOOK_KINDS)
 
 
-def test_there_are_half_as_many_texts_beside_questions(files: dict[str, Path]) -> None:
+def test_there_are_a_quarter_as_many_texts_beside_questions(files: dict[str, Path]) -> None:
     own = recipe(files)
     learning = Workbench(own).learning
 
@@ -52,8 +52,8 @@ def test_there_are_half_as_many_texts_beside_questions(files: dict[str, Path]) -
         return {name: len(part.prepared.groups) for name, part in look.parts.items()}
 
     sides = {"forget_questions": 6, "retain_questions": 6}
-    assert sizes(own) == sides | {"retain_texts": 3}
-    assert sizes(own, most_texts=2) == sides | {"retain_texts": 2}
+    assert sizes(own) == sides | {"retain_texts": 2}
+    assert sizes(own, most_texts=1) == sides | {"retain_texts": 1}
     assert sizes(own, most_texts=100) == sizes(own)
     assert sizes(own, texts_only=True) == {"forget_texts": 6, "retain_texts": 6}
     one = dict.fromkeys([*sides, "retain_texts"], 1)

@@ -16,7 +16,7 @@ from expunge.metalearning.looking import look_at
 from expunge.metalearning.playing import Episodes
 from expunge.model.patch import Patch
 
-# Questions or pairs, and texts, of each part of the last look at the front's points.
+# Questions or pairs of each part of a look at the front's points, and texts where there are none.
 CLOSER, CLOSER_TEXTS = 256, 128
 # Looks that finding a scale of the best change, and of its mean with another, took as a rule.
 SCALE_LOOKS = 9

@@ -88,10 +88,10 @@ def look_at(
 def texts_beside(items: int) -> int:
     """How many texts there are beside so many questions or pairs.
 
-    A question has one answer to be scored, a text many tokens: half as many tell what is kept at
-    least as well (LOG.md, "Texts of a look").
+    A question has one answer to be scored, a text many tokens: a quarter as many tell what is kept
+    at least as well (LOG.md, "Texts of a look").
     """
-    return -(-items // 2)
+    return -(-items // 4)
 
 
 def guard(learning: Learning, recipe: Recipe) -> Watch | None:
