@@ -38,9 +38,10 @@ PUBLISHED = {"h100": (989e12, 67e12), "a100": (312e12, 19.5e12), "rtx4090": (165
 # H100, 38 to 43 % (arXiv:2407.21783).
 PUBLISHED_EFFICIENCY = 0.38
 
-# What a question with its choices counts of a text, and how many parts of a look are questions:
-# those on what is to go, and those on the rest.
-QUESTION_SHARE, QUESTION_PARTS = 0.25, 2
+# Tokens that a question with its choices is taken to have, a guess on the high side for one with
+# four short choices (LOG.md, "Texts of a look"), and how many parts of a look are questions: those
+# on what is to go, and those on the rest.
+QUESTION_TOKENS, QUESTION_PARTS = 128, 2
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,9 @@ class LearnedPlan:
         look_items: questions of each side in such a look; there are a quarter as many texts.
         closer_looks: looks at the front's points and at what is made of them, at the end.
         flops_train, flops_looks, flops_closer: floating-point operations of all steps, of all looks
-            and of all closer ones: forward only, from the lowest trained layer to the head. A
-            question with its choices is taken for a quarter of a text. Closer looks are counted as
-            if validation had as many items as they read at most.
+            and of all closer ones: forward only, from the lowest trained layer to the head, and the
+            base's, which is looked at first and whole. A question with its choices is taken to have
+            QUESTION_TOKENS; validation, to have as many items as closer looks read at most.
         memory_weights: bytes of all weights, with gradients and optimiser of the trained ones.
         seconds: estimated time of computing prefix, steps and looks.
     """
@@ -147,8 +148,8 @@ def plan(
         device: ``auto``, ``cpu``, ``cuda``, …, which is measured, or a key of PUBLISHED.
         episodes: of a learned trade-off; 0 leaves it out; None: a recipe's.
         episode_steps: optimiser steps of one; None: the default's.
-        look_items: of a recipe; None: its default. Actions are as far apart as a recipe has them by
-            default.
+        look_items: questions of each side in a look. Actions are as far apart as a recipe has them
+            by default.
 
     Raises:
         ModelError: the directory is no causal LM in safetensors.
@@ -198,14 +199,15 @@ def plan(
         looks = taught * math.ceil(episode_steps / action) + 2 * math.ceil(steps / action)
         # Each runs from the lowest trained layer; the first fills what later ones take from there.
         look = sum(layers[trained[0] :]) + shapes.head
-        closer_looks = Recipe.model_fields["front_size"].default + 1 + SCALE_LOOKS
+        items = max(CLOSER, look_items)
+        closer_looks = chosen(None, "front_size") + 1 + SCALE_LOOKS
 
-        def flops_of(times: int, questions: int, texts: int) -> float:
-            items = QUESTION_PARTS * QUESTION_SHARE * questions + texts
-            return 2.0 * (sum(layers[: trained[0]]) + look * times) * items * tokens
+        def flops_of(times: int, items: int) -> float:
+            read = QUESTION_PARTS * items * QUESTION_TOKENS + texts_beside(items, items) * tokens
+            # The base's look runs all layers; what it kept lets the others begin at the lowest.
+            return 2.0 * (sum(layers[: trained[0]]) + look * (times + 1)) * read
 
-        flops_looks = flops_of(looks, look_items, texts_beside(look_items))
-        flops_closer = flops_of(closer_looks, CLOSER, texts_beside(CLOSER))
+        flops_looks, flops_closer = flops_of(looks, look_items), flops_of(closer_looks, items)
         flops_all = flops_step * (taught * episode_steps + 2 * steps)
         learned = LearnedPlan(
             episodes=episodes,

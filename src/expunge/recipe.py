@@ -130,7 +130,7 @@ class Recipe(BaseModel):
         "auto: likelihood",
     )
     look_items: int = Field(
-        32, ge=1, description="items of each part of a look; of texts beside questions, a quarter"
+        32, ge=1, description="items of each part of a look at most; beside questions, fewer texts"
     )
     look_every: int = Field(
         25, ge=0, description="steps between looks of a run without learning; 0: none"

@@ -193,12 +193,13 @@ def print_plan(console: Console, plan: Plan) -> None:
         for name, value in one.items():
             table.add_row(name, value)
     else:
-        run, looks = f"{learned.episodes - 1} x {learned.episode_steps} + 2 runs", learned.looks
+        run = f"{learned.episodes - 1} x {learned.episode_steps} + 2 runs"
+        looks = f"{learned.looks} x 2 x {learned.look_items} questions"
         more = {
             "layers read": f"{plan.layers_total} of {plan.layers_total}",
             "weights read": f"{_gib(plan.bytes_total)} GiB",
             "work, steps": f"{learned.flops_train:.2e}: {run}",
-            "work, looks": f"{learned.flops_looks:.2e}: {looks} x {learned.look_items} questions",
+            "work, looks": f"{learned.flops_looks:.2e}: {looks}",
             "work, end": f"{learned.flops_closer:.2e}: {learned.closer_looks} closer looks",
             "weights, optimiser": f"{_gib(learned.memory_weights)} GiB",
             "time": f"about {_duration(learned.seconds)}",

@@ -445,9 +445,9 @@ def test_plan_counts_without_loading(cli, world, monkeypatch):
     assert (learned["episodes"], learned["episode_steps"], learned["looks"]) == (30, 2, looks)
     assert learned["flops_train"] == pytest.approx(plan["flops_train"] / 3 * (29 * 2 + 2 * 3))
     run = LAYERS * layer + embedding
-    # 32 questions of either side, as long as a quarter of a text, and 8 texts of 10 tokens.
-    assert learned["flops_looks"] == 2 * run * looks * (2 * 32 / 4 + 8) * 10
-    assert learned["flops_closer"] == 2 * run * 18 * (2 * 256 / 4 + 64) * 10
+    # The base's look and the others, at 32 questions of either side and 8 texts of 10 tokens.
+    assert learned["flops_looks"] == 2 * run * (looks + 1) * (2 * 32 * 128 + 8 * 10)
+    assert learned["flops_closer"] == 2 * run * (18 + 1) * (2 * 256 * 128 + 64 * 10)
     assert learned["memory_weights"] == 4 * whole + 12 * 3 * projection
     rate = plan["matmul_flops"] * 0.5
     work = plan["flops_prefix"] + learned["flops_train"] + learned["flops_looks"]
@@ -491,10 +491,10 @@ def test_plan_of_a_preset_without_its_files(cli):
     assert plan["memory_weights"] == 2 * (8 * layer + head) + optimiser
     assert plan["learned"]["memory_weights"] == 2 * 8_030_261_248 + optimiser
     # Each look from layer 5 on, the first from the bottom.
-    looks = (27 * layer + head) * (29 * 2 + 2 * 15) + 5 * layer
-    assert plan["learned"]["flops_looks"] == 2 * looks * 24 * 512
-    closer = (27 * layer + head) * 18 + 5 * layer
-    assert plan["learned"]["flops_closer"] == 2 * closer * 192 * 512
+    looks = (27 * layer + head) * (1 + 29 * 2 + 2 * 15) + 5 * layer
+    assert plan["learned"]["flops_looks"] == 2 * looks * (2 * 32 * 128 + 8 * 512)
+    closer = (27 * layer + head) * (1 + 18) + 5 * layer
+    assert plan["learned"]["flops_closer"] == 2 * closer * (2 * 256 * 128 + 64 * 512)
     deeper = cli(
         *("plan", "--model", "llama-3.1-8b", "--device", "h100", "--json"),
         *("--layer", 11, "--steps", 10, "--dtype", "float32"),
@@ -509,6 +509,7 @@ def test_plan_table_and_depth(cli, world):
     assert "4 of 4" in result.out
     assert "1, 2, 3" in result.out
     assert "learned trade-off" in result.out and "measured here on cpu" in result.out
+    assert "88 x 2 x 32 questions" in result.out and "18 closer looks" in result.out
     alone = cli("plan", "--model", "qwen2.5-7b", "--device", "rtx4090", "--episodes", 0)
     assert "7 of 28" in alone.out and "learned" not in alone.out
     assert "published for rtx4090: a rough guess" in " ".join(alone.out.split())

@@ -12,7 +12,9 @@ import pytest
 import torch
 from test_episodes import recipe
 
+from expunge.evaluation.looks import LookKind
 from expunge.evaluation.pareto import hypervolume
+from expunge.learning import Learning
 from expunge.metalearning.archive import (
     FRONT_FILE,
     FRONT_LEFTOVER,
@@ -25,6 +27,7 @@ from expunge.metalearning.episodes import EPISODES_NAME
 from expunge.metalearning.exploring import archive_of
 from expunge.metalearning.playing import Episodes
 from expunge.model.patch import Patch
+from expunge.recipe import Recipe
 from expunge.run import run
 from expunge.training.watch import Point
 from expunge.workbench import Workbench
@@ -106,7 +109,7 @@ def planted(
     before = weight.detach().clone()
 
     def settled(
-        seen: Callable[[float, float], tuple[float, float]],
+        seen: Callable[[float, float], tuple[float, float]], look_items: int = 6
     ) -> tuple[int, Archive]:
         def look() -> Point:
             changed = (weight.detach() - before)[0]
@@ -116,7 +119,18 @@ def planted(
             after = before.clone()
             after[0, number - 1] += 1
             archive.add(number, 6, Point(*seen(number == 1, number == 2)), {name: after})
-        monkeypatch.setattr("expunge.metalearning.choosing.look_at", lambda *_, **__: look)
+
+        def look_at(_learning: Learning, asked: Recipe, kind: LookKind, **given: Any) -> Any:
+            # Closer than the looks before it, however close those were.
+            assert (asked.look_items, given) == (
+                max(256, look_items),
+                {"check": False, "most_texts": max(128, look_items)},
+            )
+            assert kind == episodes.kind
+            return look
+
+        monkeypatch.setattr("expunge.metalearning.choosing.look_at", look_at)
+        episodes.recipe = own.updated(look_items=look_items)
         return settle(episodes, archive), archive
 
     return settled
@@ -145,7 +159,8 @@ def test_the_mean_is_taken_where_it_is_worth_more(planted: Any) -> None:
 def test_the_mean_at_another_scale(planted: Any) -> None:
     """Two changes with little in common: half of each forgets too little."""
     _, archive = planted(
-        lambda one, two: (min(1.0, 0.75 * one + 0.7 * two), 1 - 0.4 * one**2 - 0.38 * two**2)
+        lambda one, two: (min(1.0, 0.75 * one + 0.7 * two), 1 - 0.4 * one**2 - 0.38 * two**2),
+        look_items=300,
     )
     taken = archive.best
     assert (taken.other, taken.scale) == ((2, 6), 1.3)

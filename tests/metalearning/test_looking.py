@@ -9,7 +9,7 @@ import pytest
 
 from expunge import miniature
 from expunge.evaluation.looks import LOOK_KINDS, LookKind, OutputLook, RepresentationLook
-from expunge.metalearning.looking import kind_of, look_at
+from expunge.metalearning.looking import kind_of, look_at, texts_beside
 from expunge.recipe import Recipe
 from expunge.workbench import Workbench
 
@@ -56,8 +56,12 @@ def test_there_are_a_quarter_as_many_texts_beside_questions(files: dict[str, Pat
     assert sizes(own, most_texts=1) == sides | {"retain_texts": 1}
     assert sizes(own, most_texts=100) == sizes(own)
     assert sizes(own, texts_only=True) == {"forget_texts": 6, "retain_texts": 6}
-    one = dict.fromkeys([*sides, "retain_texts"], 1)
-    assert sizes(own.updated(look_items=1)) == one
+    assert sizes(own.updated(look_items=1)) == dict.fromkeys([*sides, "retain_texts"], 1)
+
+
+def test_texts_stand_for_the_questions_that_are_missing() -> None:
+    assert [texts_beside(32, asked) for asked in (0, 3, 24, 31, 32, 500)] == [32, 29, 8, 8, 8, 8]
+    assert [texts_beside(items, items) for items in (1, 2, 5, 256)] == [1, 1, 2, 64]
 
 
 def test_a_look_at_activations_reads_so_many_texts_at_most(files: dict[str, Path]) -> None:

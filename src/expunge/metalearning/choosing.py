@@ -16,9 +16,9 @@ from expunge.metalearning.looking import look_at
 from expunge.metalearning.playing import Episodes
 from expunge.model.patch import Patch
 
-# Questions or pairs of each part of a look at the front's points, and texts where there are none.
+# Items of each part of a look at the front's points, at least those of other looks, and texts.
 CLOSER, CLOSER_TEXTS = 256, 128
-# Looks that finding a scale of the best change, and of its mean with another, took as a rule.
+# Looks that it takes to scale the best change, and its mean with another, as on the miniature.
 SCALE_LOOKS = 9
 # Steps between the scales that the best point's change is tried at, and how far they go.
 SCALE_STEP = 0.1
@@ -64,8 +64,9 @@ def settle(episodes: Episodes, archive: Archive) -> int:
     arithmetic (arXiv:2212.04089), chosen on validation as there.
     """
     learning, recipe = episodes.learning, episodes.recipe
-    closer = recipe.updated(look_items=CLOSER)
-    look = look_at(learning, closer, episodes.kind, check=False, most_texts=CLOSER_TEXTS)
+    closer = recipe.updated(look_items=max(CLOSER, recipe.look_items))
+    most_texts = max(CLOSER_TEXTS, recipe.look_items)
+    look = look_at(learning, closer, episodes.kind, check=False, most_texts=most_texts)
     model = learning.opened(recipe.model, None if reads_outputs(recipe) else 1).model
 
     def seen(patch: Patch, entry: Entry, scale: float = 1.0) -> Entry:

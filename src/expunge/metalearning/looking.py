@@ -44,14 +44,15 @@ def look_at(
 ) -> Look:
     """A look at held-back data; for one at what the model says, the whole is opened.
 
-    What is looked at is picked by content, so that all topics and sources have their share. The
-    base is measured once for all runs of a bench, and the layers below those that are trained run
-    then alone.
+    What is looked at is picked by content, not by place, so that all topics and sources can be in
+    it: ``look_items`` of each part at most, of texts of the rest fewer where questions are asked of
+    it too (`texts_beside`). The base is measured once for all runs of a bench, and the layers below
+    those that are trained run then alone.
 
     Args:
         texts_only: leave questions and pairs out.
         check: whether to refuse a base that answers no better than chance.
-        most_texts: of a part, where ``look_items`` would be more.
+        most_texts: texts of a part, where ``look_items`` would be more; pairs are not counted.
 
     Raises:
         DataError: nothing to look at on a side, or a base that answers no better than chance.
@@ -61,8 +62,8 @@ def look_at(
     if kind == "representation":  # the bench refuses it for an objective that reads none
         return _representation(learning, recipe, split, most_texts)
     opened = learning.opened(recipe.model, None)
-    beside = not texts_only and bool(held_back.retain_questions or held_back.pairs)
-    retain_texts = texts_beside(recipe.look_items) if beside else recipe.look_items
+    asked = 0 if texts_only else len(held_back.retain_questions)
+    retain_texts = min(texts_beside(recipe.look_items, asked), most_texts)
     key = (kind, split, texts_only, check, recipe.look_items, most_texts, recipe.max_tokens)
     look = learning.looks.get(key)
     replay = _replay(learning, recipe, opened, look)
@@ -75,7 +76,7 @@ def look_at(
             forget_questions=() if texts_only else some(held_back.forget_questions),
             retain_questions=() if texts_only else some(held_back.retain_questions),
             forget_texts=pool(held_back.forget_texts or learning.data.forgotten, most_texts),
-            retain_texts=pool(held_back.retain_texts, min(retain_texts, most_texts)),
+            retain_texts=pool(held_back.retain_texts, retain_texts),
             pairs=() if texts_only else some(held_back.pairs),
             check=check,
             max_tokens=fitting_tokens(recipe.max_tokens, learning.checkpoint.config),
@@ -85,13 +86,13 @@ def look_at(
     return replace(look, raw={})
 
 
-def texts_beside(items: int) -> int:
-    """How many texts there are beside so many questions or pairs.
+def texts_beside(items: int, questions: int) -> int:
+    """How many texts of the rest a look of ``items`` reads, beside so many questions on it.
 
-    A question has one answer to be scored, a text many tokens: a quarter as many tell what is kept
-    at least as well (LOG.md, "Texts of a look").
+    A quarter, or as many as questions are missing. In what a point is worth, so few still tell what
+    is kept with no more noise than the questions tell what is gone (LOG.md, "Texts of a look").
     """
-    return -(-items // 4)
+    return max(-(-items // 4), items - questions)
 
 
 def guard(learning: Learning, recipe: Recipe) -> Watch | None:
