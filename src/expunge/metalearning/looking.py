@@ -89,10 +89,12 @@ def look_at(
 def texts_beside(items: int, questions: int) -> int:
     """How many texts of the rest a look of ``items`` reads, beside so many questions on it.
 
-    A quarter, or as many as questions are missing. In what a point is worth, so few still tell what
-    is kept with no more noise than the questions tell what is gone (LOG.md, "Texts of a look").
+    A quarter, where there are at least as many questions. In what a point is worth, so few still
+    tell what is kept with no more noise than the questions tell what is gone (LOG.md, "Texts of a
+    look").
     """
-    return max(-(-items // 4), items - questions)
+    quarter = -(-items // 4)
+    return quarter if questions >= quarter else items
 
 
 def guard(learning: Learning, recipe: Recipe) -> Watch | None:
