@@ -11,7 +11,13 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
+from concurrent.futures import (
+    BrokenExecutor,
+    Future,
+    ProcessPoolExecutor,
+    ThreadPoolExecutor,
+    wait,
+)
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -93,24 +99,39 @@ class _Players:
         self.hashes = dict(bench.data.hashes)
         self._others = {*multiprocessing.active_children()}
         self._pool: ProcessPoolExecutor | None = None
+        # A pool's first job waits until its processes are there, which takes seconds of imports:
+        # a thread waits for them, while this process reads and computes what it needs itself.
+        self._thread = ThreadPoolExecutor(1)
+        self._begun: Future[None] | None = None
 
     def begin(self, recipe: Recipe) -> None:
         """Begin the others, beside what this one has to do before the first episode."""
         self._pool = process_pool(self.count - 1)
+        self._begun = self._thread.submit(self._open, self._pool, recipe)
+        self._thread.shutdown(wait=False)
+
+    def _open(self, pool: ProcessPoolExecutor, recipe: Recipe) -> None:
         for _ in range(self.count - 1):
             # What fails here fails again in an episode, and is told there.
-            self._pool.submit(attempt, open_bench, recipe)
+            pool.submit(attempt, open_bench, recipe)
 
     def close(self) -> None:
         """End the others, which have nothing more to do."""
         if self._pool is not None:
+            self._wait()
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool = None
 
     def stop(self) -> None:
         """End the others whatever they do, if they have not ended."""
         if self._pool is not None:
+            self._wait()
             stop_processes(self._pool, self._others)
+
+    def _wait(self) -> None:
+        """Until the others are begun, or failed to."""
+        if self._begun is not None:
+            wait([self._begun])
 
     def __call__(
         self, recipe: Recipe, folder: Path, numbers: Sequence[int], policy: Policy | None
@@ -121,9 +142,10 @@ class _Players:
             ExpungeError: what an episode met.
             ResourceError: a process was killed.
         """
-        assert self._pool is not None
+        assert self._pool is not None and self._begun is not None
         there: dict[int, Future[Episode | Failure]] = {}
         with self._telling():
+            self._begun.result()
             for number in numbers[1:]:
                 there[number] = self._pool.submit(
                     attempt, play_there, recipe, folder, self.hashes, number, policy

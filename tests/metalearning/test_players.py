@@ -6,7 +6,9 @@ import json
 import multiprocessing
 import os
 import signal
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -265,3 +267,29 @@ def test_how_many_processes(
     # But where it is asked for.
     with players.players_of(bench.recipe, bench, 3, tmp_path) as found:
         assert (found is None) == (bench.recipe.tradeoff == "fixed")
+
+
+def test_nobody_waits_until_the_others_are_there(
+    files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pool's first job blocks while its processes import; meanwhile the run goes on."""
+    go_on, asked = Event(), []
+
+    class Slow:
+        def submit(self, *job: Any) -> Any:
+            assert go_on.wait(60)
+            asked.append(job)
+            raise BrokenProcessPool
+
+        def shutdown(self, **_: Any) -> None:
+            pass
+
+    monkeypatch.setattr(players, "process_pool", lambda _count: Slow())
+    own = short(files, episodes=COUNT)
+    with players.players_of(own, Workbench(own), 2, tmp_path) as made:
+        assert made is not None and not asked
+        go_on.set()
+        # What kept them from beginning is told by the first episode that they are asked for.
+        with pytest.raises(ResourceError, match="killed"):
+            list(made(own, tmp_path, range(2), None))
+        assert len(asked) == 1
