@@ -1,6 +1,6 @@
 """The learned trade-off against fixed settings, random search and Optuna's TPE, side by side.
 
-    python benchmarks/tradeoff.py --function knowledge --first-seed 530 --out FILE
+    python benchmarks/tradeoff.py --function knowledge --first-seed 540 --out FILE
     python benchmarks/tradeoff.py --function toxicity --first-seed 520 --out FILE
 
 Every method gets as many episodes of as many inner steps, with the same looks at validation, and a

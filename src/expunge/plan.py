@@ -143,8 +143,7 @@ def plan(
         model: a preset's name, a directory (``./NAME`` where a preset has its name), or a name on
             the Hub.
         layer: deepest layer read, or ``auto``.
-        tokens: of every text; each step reads ``batch_size`` forget and as
-            many retain texts.
+        tokens: of every text; each step reads ``batch_size`` forget and as many retain texts.
         device: ``auto``, ``cpu``, ``cuda``, …, which is measured, or a key of PUBLISHED.
         episodes: of a learned trade-off; 0 leaves it out; None: a recipe's.
         episode_steps: optimiser steps of one; None: the default's.
@@ -197,9 +196,7 @@ def plan(
         # The first episode is as long as the run.
         taught = episodes - 1
         looks = taught * math.ceil(episode_steps / action) + 2 * math.ceil(steps / action)
-        # Each runs from the lowest trained layer; the first fills what later ones take from there.
         look = sum(layers[trained[0] :]) + shapes.head
-        items = max(CLOSER, look_items)
         closer_looks = chosen(None, "front_size") + 1 + SCALE_LOOKS
 
         def flops_of(times: int, items: int) -> float:
@@ -207,15 +204,16 @@ def plan(
             # The base's look runs all layers; what it kept lets the others begin at the lowest.
             return 2.0 * (sum(layers[: trained[0]]) + look * (times + 1)) * read
 
-        flops_looks, flops_closer = flops_of(looks, look_items), flops_of(closer_looks, items)
+        flops_looks = flops_of(looks, look_items)
+        flops_closer = flops_of(closer_looks, max(CLOSER, look_items))
         flops_all = flops_step * (taught * episode_steps + 2 * steps)
         learned = LearnedPlan(
             episodes=episodes,
             episode_steps=episode_steps,
             looks=looks,
             look_items=look_items,
-            flops_train=flops_all,
             closer_looks=closer_looks,
+            flops_train=flops_all,
             flops_looks=flops_looks,
             flops_closer=flops_closer,
             memory_weights=shapes.elements * width + optimiser,

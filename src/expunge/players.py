@@ -99,16 +99,16 @@ class _Players:
         self.hashes = dict(bench.data.hashes)
         self._others = {*multiprocessing.active_children()}
         self._pool: ProcessPoolExecutor | None = None
-        # A pool's first job waits until its processes are there, which takes seconds of imports:
-        # a thread waits for them, while this process reads and computes what it needs itself.
-        self._thread = ThreadPoolExecutor(1)
         self._begun: Future[None] | None = None
 
     def begin(self, recipe: Recipe) -> None:
         """Begin the others, beside what this one has to do before the first episode."""
         self._pool = process_pool(self.count - 1)
-        self._begun = self._thread.submit(self._open, self._pool, recipe)
-        self._thread.shutdown(wait=False)
+        # A pool's first job waits until its processes are there, which takes seconds of imports:
+        # a thread waits for them, while this process reads and computes what it needs itself.
+        thread = ThreadPoolExecutor(1)
+        self._begun = thread.submit(self._open, self._pool, recipe)
+        thread.shutdown(wait=False)
 
     def _open(self, pool: ProcessPoolExecutor, recipe: Recipe) -> None:
         for _ in range(self.count - 1):

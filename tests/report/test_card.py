@@ -63,7 +63,7 @@ def test_the_recipe_in_it_is_a_recipe():
         ("meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.1-8B"),
         ("models/foo", None),
         ("lab7m", None),
-        ("/home/user/models/mine", None),
+        ("/srv/me/models/mine", None),
         ("a/b/c", None),
     ],
 )
@@ -72,9 +72,9 @@ def test_only_a_name_known_on_the_hub_is_a_base_model(model, shown, tmp_path, mo
     made = record(provenance={"recipe": recipe})
     text = card(made)
     assert parsed(text).data.base_model == shown
-    assert f"| base model | {model.removeprefix('/home/user/models/')} |" in text
+    assert f"| base model | {model.removeprefix('/srv/me/models/')} |" in text
     assert ("a folder, or a Hub model" in text) == (shown is None)
-    assert "/home" not in text
+    assert "/srv" not in text
     # The same wherever it is made.
     monkeypatch.chdir(tmp_path)
     (tmp_path / "meta-llama" / "Llama-3.1-8B").mkdir(parents=True)

@@ -147,14 +147,14 @@ def test_foreign_words_keep_to_themselves(made):
 
 def test_where_things_lay_is_not_told(made):
     """Of whole paths the last part alone: pages are given away."""
-    paths = ["/home/user/secret/forget.txt", "~/secret/retain.txt", "C:\\secret\\x.txt"]
+    paths = ["/srv/me/secret/forget.txt", "~/secret/retain.txt", "C:\\secret\\x.txt"]
     recipe = {**record().provenance["recipe"], "forget": paths, "model": "/mnt/secret/model"}
-    recipe["scorers"] = ["words:/home/secret/words.txt", "tfidf"]
-    data = {"/home/user/secret/forget.txt": "ab"}
-    notes = ["/home/x/secret/a.txt: 3 of 9 rows skipped: 0.1 nats/token, see b/c"]
+    recipe["scorers"] = ["words:/srv/secret/words.txt", "tfidf"]
+    data = {"/srv/me/secret/forget.txt": "ab"}
+    notes = ["/srv/x/secret/a.txt: 3 of 9 rows skipped: 0.1 nats/token, see b/c"]
     found = made([record(provenance={"recipe": recipe, "data": data, "notes": notes})])
     assert "a.txt: 3 of 9 rows skipped: 0.1 nats/token, see b/c" in found.section("origin").words
-    assert "secret" not in found.text and "/home" not in found.text
+    assert "secret" not in found.text and "/srv" not in found.text
     words = found.section("settings").words
     assert "forget.txt, retain.txt, x.txt" in words and "words:words.txt" in words
 

@@ -16,9 +16,9 @@ from expunge.metalearning.looking import look_at
 from expunge.metalearning.playing import Episodes
 from expunge.model.patch import Patch
 
-# Items of each part of a look at the front's points, at least those of other looks, and texts.
+# Items of each part, and texts, in a look at the front's points; other looks never have more.
 CLOSER, CLOSER_TEXTS = 256, 128
-# Looks that it takes to scale the best change, and its mean with another, as on the miniature.
+# Looks that scaling the best change, and its mean with another, takes: a count from the miniature.
 SCALE_LOOKS = 9
 # Steps between the scales that the best point's change is tried at, and how far they go.
 SCALE_STEP = 0.1
