@@ -4,7 +4,8 @@
 
 Five learning rates by four retain weights, evenly over the ranges that a policy moves in (other
 knobs stay as usual). Of each run the point that validation prefers is measured on the test split,
-as learned is. Cells are processes that share nothing; finished ones lie under --work.
+as learned is. Cells are processes that share nothing; finished ones lie under --work, by recipe and
+commit.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from expunge.provenance import environment
 from expunge.published import published_recipe
 from expunge.recipe import Recipe
 from expunge.workbench import Workbench
-from tradeoff import cell, points_on_test, recipe_of, work
+from tradeoff import cell, folder_of, points_on_test, recipe_of, work
 
 RATES = (0.1, 0.3, 0.5, 0.7, 0.9)
 WEIGHTS = (0.2, 0.4, 0.6, 0.8)
@@ -71,7 +72,7 @@ def main() -> None:
     given = parser.parse_args()
     recipe = recipe_of(given.function, given.work / "data", given.set)
     recipe = recipe.updated(seed=given.seed, tradeoff="learned")
-    folder = given.work / recipe.fingerprint[:12]
+    folder = folder_of(given.work, recipe)
     makers = [
         partial(cell, method="learned"),
         *(partial(fixed_cell, rate=r, weight=w) for r, w in itertools.product(RATES, WEIGHTS)),

@@ -13,8 +13,8 @@ hypervolume of the test points and what the chosen point is worth there (`Archiv
 paired differences over seeds; the hypervolume is the primary one. What is tried at the end, means
 and scales of changes, is the same for all.
 
-Cells are processes that share nothing; finished ones lie under --work, so an interrupted table goes
-on where it stopped.
+Cells are processes that share nothing; finished ones lie under --work, by recipe and commit, so an
+interrupted table goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -223,6 +223,13 @@ def scores_on_test(bench: Workbench, patch: Patch) -> dict[str, dict[str, float 
     return found
 
 
+def folder_of(work: Path, recipe: Recipe) -> Path:
+    """Where finished cells of a recipe lie; those that other code made lie elsewhere."""
+    commit = str(environment()["commit"])
+    changed = "+" if commit.endswith("+") else ""
+    return work / f"{recipe.fingerprint[:12]}-{commit[:7]}{changed}"
+
+
 MakeCell = Callable[[Workbench, Recipe], dict[str, Any]]
 
 
@@ -280,7 +287,7 @@ def main() -> None:
                 work,
                 own,
                 partial(cell, method=method),
-                folder / own.fingerprint[:12] / f"{method}.json",
+                folder_of(folder, own) / f"{method}.json",
             )
             for own, method in tasks
         ]

@@ -7,6 +7,7 @@ import math
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -683,6 +684,11 @@ def test_no_arguments_give_the_help(cli):
     assert result.code == 0
     assert "demo" in result.out
     assert "Usage" in result.out
+
+
+def test_version_is_the_packages_own(cli):
+    result = cli("--version")
+    assert (result.code, result.out, result.err) == (0, f"expunge {version('expunge')}\n", "")
 
 
 @pytest.mark.parametrize("module", ["expunge", "expunge.cli"])

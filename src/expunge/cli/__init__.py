@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 # Before any library that would look for a hub: only a model named by the user is fetched.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -20,7 +20,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 import typer
 
-from expunge import console
+from expunge import __version__, console
 from expunge.cli import compare, demo, evaluate, looking, models, reports, runs
 from expunge.errors import ExpungeError, ResourceError
 
@@ -51,6 +51,27 @@ app = typer.Typer(
 )
 for name, command in COMMANDS.items():
     app.command(name)(command)
+
+
+
+def print_version(asked: bool) -> None:
+    """The version, and no more."""
+    if asked:
+        typer.echo(f"expunge {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=print_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Options of no command."""
+
 
 # What every mistake in the words of a command line is to typer, old or new.
 UsageError: type[Any] = typer.BadParameter.__mro__[1]
