@@ -146,6 +146,6 @@ def test_the_head_runs_for_twins_only(twins: bool, monkeypatch: pytest.MonkeyPat
     world.trainer(**{**settings(), "steps": 3}).run()
     assert len(heads) == sum(forwards) == (3 if twins else 0)
     assert len(forwards) > sum(forwards)
-    order = world.trainer(**settings())._forget_order[0]
-    longest = [max(len(TWINS[i]) for i in order.batch(step)) for step in range(3)]
+    batches = world.trainer(**settings()).batches
+    longest = [max(len(TWINS[i]) for i in batches.at(step)[1]) for step in range(3)]
     assert heads == [(textbook.BATCH, width) for width in longest] * twins

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 import tiny
-from expunge.data.tokens import training_batches
 from expunge.training.loop import TrainingResult
+from expunge.training.order import Batches
 
-STEPS, LR, BATCH, SEED = 20, 1e-2, 4, 7
+STEPS, LR, BATCH, SEED = 24, 1e-2, 4, 7
 
 # model -> decoder layers, and the module trained in each
 WHERE = {
@@ -44,17 +44,6 @@ class Textbook:
 StepLoss = Callable[[Any, Any, Sequence[int], Sequence[int]], Tensor]
 
 
-def order(lengths: list[int], seed: int) -> list[tuple[int, ...]]:
-    """Batches of the first STEPS steps: epoch after epoch."""
-    batches: list[tuple[int, ...]] = []
-    while len(batches) < STEPS:
-        epoch = len(batches) // (len(lengths) // BATCH)
-        batches += training_batches(
-            len(lengths), batch_size=BATCH, seed=seed * 100_003 + epoch, lengths=lengths
-        )
-    return batches[:STEPS]
-
-
 def train(
     name: str, loss_of: StepLoss, trained: tuple[int, ...], *, schedule: str = "linear"
 ) -> Textbook:
@@ -74,10 +63,12 @@ def train(
     decay = torch.optim.lr_scheduler.LambdaLR(
         optimiser, lambda step: 1 - step / STEPS if schedule == "linear" else 1.0
     )
-    forget_order = order([len(ids) for ids in tiny.texts(10, seed=0)], SEED)
-    retain_order = order([len(ids) for ids in tiny.texts(13, seed=50)], SEED + 1)
+    forget_lengths = [len(ids) for ids in tiny.texts(10, seed=0)]
+    retain_lengths = [len(ids) for ids in tiny.texts(13, seed=50)]
+    batches = Batches([forget_lengths], retain_lengths, BATCH, SEED)
     losses = []
-    for forget_batch, retain_batch in zip(forget_order, retain_order, strict=True):
+    for step in range(STEPS):
+        _, forget_batch, retain_batch = batches.at(step)
         loss = loss_of(updated, frozen, forget_batch, retain_batch)
         optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]

@@ -118,12 +118,17 @@ class BoundaryStore:
         self.reference = reference
         self.limit_bytes, self.spill_directory = limit_bytes, spill_directory
         self.announce = announce
-        self.starts = [0, *accumulate(len(ids) for ids in self.texts)]
+        self.starts = [0, *accumulate(self.lengths)]
         self.storage: Storage = "ram"
         self._arrays: list[Tensor] = []
         self._template: Boundary | None = None
         self._computed = False
         self._folder: tempfile.TemporaryDirectory[str] | None = None
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each text."""
+        return [len(ids) for ids in self.texts]
 
     @property
     def n_tokens(self) -> int:
@@ -193,7 +198,7 @@ class BoundaryStore:
     def groups(self) -> list[list[int]]:
         """Indices of all texts, in the groups that go through the prefix together."""
         budget = GROUP_TOKENS.get(self.segment.device.type, GROUP_TOKENS["cuda"])
-        return length_groups([len(ids) for ids in self.texts], budget)
+        return length_groups(self.lengths, budget)
 
     def _tokens(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         texts = [self.texts[i] for i in indices]

@@ -21,7 +21,8 @@ from expunge.objectives.targets import Targets
 from expunge.training.balance import NORM, Balance, take_gradients
 from expunge.training.checks import check_finite, check_moved, check_varies, is_finite
 from expunge.training.log import StepLog, append_step, read_losses, write_losses
-from expunge.training.seen import Order, Sight, share
+from expunge.training.order import Batches
+from expunge.training.seen import Sight, share
 from expunge.training.settings import TrainingSettings
 from expunge.training.state import Optimiser, TrainingState
 from expunge.training.tradeoff import Dials, Tradeoff
@@ -144,9 +145,9 @@ class Trainer:
             directions or {},
         )
         self.micro_batch_size = settings.micro_batch_size
-        order = partial(Order, batch_size=settings.batch_size)
-        self._forget_order = [order(store, seed=settings.seed) for store in forget]
-        self._retain_order = order(retain, seed=settings.seed + 1)
+        self.batches = Batches(
+            [store.lengths for store in forget], retain.lengths, settings.batch_size, settings.seed
+        )
 
     def run(
         self,
@@ -260,9 +261,7 @@ class Trainer:
 
     def _add_gradients(self, step: int) -> _Part:
         """Add this trainer's gradients of one step. Raises _HalvedError where memory ran out."""
-        topic = step % len(self.forget)
-        forget = self._forget_order[topic].batch(step // len(self.forget))
-        retain = self._retain_order.batch(step)
+        topic, forget, retain = self.batches.at(step)
         if step == 0:
             self.sight.remember_norms(topic, forget)
         points = self.watch.points if self.watch is not None else {}

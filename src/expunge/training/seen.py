@@ -12,7 +12,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from expunge.data.tokens import training_batches
 from expunge.model.boundaries import BoundaryBatch, BoundaryStore, joined
 from expunge.model.segment import LOGPROBS, Segment
 from expunge.objectives.base import Activations, Captured, Direction, Logprobs, Needs
@@ -24,29 +23,6 @@ from expunge.objectives.targets import Targets
 JOINED_PADDING = 0.1
 
 FirstToken = Literal["retain", "both", "neither"]
-
-
-class Order:
-    """Which texts make the batch of a step: epoch after epoch, a new shuffle for each."""
-
-    def __init__(self, store: BoundaryStore, batch_size: int, seed: int) -> None:
-        self.lengths = [len(ids) for ids in store.texts]
-        self.batch_size, self.seed = batch_size, seed
-        self._epochs: dict[int, list[tuple[int, ...]]] = {}
-
-    def batch(self, number: int) -> tuple[int, ...]:
-        per_epoch = len(self._epoch(0))
-        return self._epoch(number // per_epoch)[number % per_epoch]
-
-    def _epoch(self, epoch: int) -> list[tuple[int, ...]]:
-        if epoch not in self._epochs:
-            self._epochs[epoch] = training_batches(
-                len(self.lengths),
-                batch_size=self.batch_size,
-                seed=self.seed * 100_003 + epoch,
-                lengths=self.lengths,
-            )
-        return self._epochs[epoch]
 
 
 @dataclass
