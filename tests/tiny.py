@@ -17,6 +17,7 @@ from expunge.model.segment import LOGPROBS, Segment
 from expunge.model.structure import Structure, find_structure
 from expunge.objectives import OBJECTIVES, Direction, Logprobs
 from expunge.objectives.base import Needs
+from expunge.registry import settings_of
 from expunge.training.loop import Trainer
 from expunge.training.settings import TrainingSettings
 from expunge.training.tradeoff import TradeoffKind, rule
@@ -152,7 +153,8 @@ class Bench:
     ) -> Trainer:
         """A new trainer over the stores; ``needs`` are the objective's own unless given."""
         entry = OBJECTIVES.get(objective)
-        needs = needs or entry.extras["needs"]
+        own: Needs = entry.extras["needs"]
+        needs = needs or own.given(settings_of(entry, objective_settings or {}))
         return Trainer(
             self.segment,
             self.forget,

@@ -47,6 +47,13 @@ def objective_of(recipe: Recipe) -> Entry[Objective]:
     return OBJECTIVES.get(recipe.objective or FUNCTIONS.get(recipe.function).extras["objective"])
 
 
+def needs_of(recipe: Recipe) -> Needs:
+    """What the recipe's objective must be given, with its settings."""
+    entry = objective_of(recipe)
+    needs: Needs = entry.extras["needs"]
+    return needs.given(settings_of(entry, recipe.objective_settings))
+
+
 def method_of(recipe: Recipe) -> Entry[Any]:
     """The objective or the edit that a recipe names. Raises RecipeError if it is neither."""
     name = recipe.objective
@@ -123,8 +130,10 @@ class Learning:
                 stage or Stage(),
                 lambda log: advance(1, f"loss {log.loss:.4f}"),
             )
-        tell_collapse(result, recipe.collapse_floor, self.progress)
-        looks = len(watch.points) if watch is not None else 0
+        looks = 0
+        if watch is not None:
+            watch.tell_collapse(self.progress.say)
+            looks = len(watch.points)
         return self.patch(recipe, result, looks=looks), result
 
     def usual(self, recipe: Recipe) -> dict[str, Any]:
@@ -165,7 +174,7 @@ class Learning:
             objective=partial(entry.part, **settings_of(entry, recipe.objective_settings)),
             tradeoff=tradeoff,
             settings=TrainingSettings(**{n: getattr(recipe, n) for n in names} | chosen),
-            needs=entry.extras["needs"],
+            needs=needs_of(recipe),
             twins=cut.twins,
             directions=self.where(recipe).directions,
             watch=watch,
@@ -203,7 +212,7 @@ class Learning:
 
     def cut(self, recipe: Recipe) -> Cut:
         """The base cut for a recipe, with all the boundaries that its objective needs."""
-        needs: Needs = objective_of(recipe).extras["needs"]
+        needs = needs_of(recipe)
         where = self.where(recipe)
         depth = None if reads_outputs(recipe) else depth_of(where.captured)
         opened = self.opened(recipe.model, depth)
@@ -232,7 +241,7 @@ class Learning:
 
     def where(self, recipe: Recipe) -> Where:
         """The layers that a run trains and reads; fits probes for an objective that needs them."""
-        needs: Needs = objective_of(recipe).extras["needs"]
+        needs = needs_of(recipe)
         n = self.checkpoint.n_layers
         if isinstance(needs, Logprobs):
             if needs.twin and not self.data.paired:
@@ -258,7 +267,7 @@ class Learning:
     def probes(self, recipe: Recipe) -> tuple[Probe, ...]:
         """Probes of the base's layers, toxic against neutral training texts; fitted once."""
         # What is opened for less would be opened again for training.
-        whole = self._wants_twins(objective_of(recipe).extras["needs"])
+        whole = self._wants_twins(needs_of(recipe))
         return self.probing.probes(recipe, whole=whole)
 
     def known_probes(self, recipe: Recipe) -> tuple[Probe, ...]:
@@ -387,13 +396,3 @@ class Learning:
 def reads_outputs(recipe: Recipe) -> bool:
     """Whether looks read what the whole model says, which needs all layers and the head."""
     return recipe.tradeoff in EXPLORING and recipe.reward != "representation"
-
-
-def tell_collapse(result: TrainingResult, floor: float, progress: Progress) -> None:
-    """Say that a run was stopped because the rest was lost, if it was."""
-    if result.collapsed is not None:
-        progress.say(
-            f"what is to be kept fell below {floor:g} of the base's after "
-            f"{result.collapsed} steps: the run stopped, with its best state on validation, "
-            f"that of step {result.restored}"
-        )

@@ -172,13 +172,14 @@ def plan(
 
     hidden, inner, layers = shapes.hidden_size, shapes.intermediate_size, shapes.layers
     projection = hidden * inner
-    texts = 2 * steps * batch_size
+    side = steps * batch_size * tokens  # tokens of all forget texts, and of all retain texts
     step_tokens = 2 * batch_size * tokens
     below = sum(layers[: trained[0]]) + layers[trained[0]] - projection
     segment = projection + sum(layers[trained[0] + 1 : layer + 1])
     # Two operations a weight and token forward; backward once for activations, and once more for
     # the trained matrices alone.
-    flops_prefix = 2.0 * (below + segment) * texts * tokens
+    # Of retain texts the originals are kept too, of forget texts what enters the segment alone.
+    flops_prefix = 2.0 * (2 * below + segment) * side
     flops_step = (4.0 * segment + 2.0 * len(trained) * projection) * step_tokens
     # Gradient in the model's type, two moments and, for a narrow type, a master in float32.
     optimiser = len(trained) * projection * (width + 8 + (4 if width < 4 else 0))
@@ -229,7 +230,7 @@ def plan(
         flops_prefix=flops_prefix,
         flops_train=flops_step * steps,
         memory_weights=(sum(layers[: layer + 1]) + shapes.embeddings) * width + optimiser,
-        memory_boundaries=texts * tokens * (inner + 2 * hidden) * width,
+        memory_boundaries=side * (2 * inner + 3 * hidden) * width,
         memory_step=step_tokens * len(trained) * (6 * hidden + 4 * inner) * width,
         dtype=dtype,
         **speed._asdict(),

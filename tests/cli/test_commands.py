@@ -430,15 +430,16 @@ def test_plan_counts_without_loading(cli, world, monkeypatch):
     assert (plan["layers_read"], plan["layers_total"]) == (3, LAYERS)
     assert plan["bytes_total"] == 4 * whole
     assert plan["bytes_read"] == 4 * (3 * layer + embedding)
-    # Layers 0 to 2 once for 2 x 3 x 4 texts of 10 tokens, two operations a weight.
-    assert plan["flops_prefix"] == 2 * 3 * layer * 240
+    # Once for 3 x 4 forget and as many retain texts of 10 tokens, two operations a weight: what
+    # lies before the first product for all, layers 0 to 2 for retain texts.
+    assert plan["flops_prefix"] == 2 * (layer - projection + 3 * layer) * 120
     # The segment forward and back, and the trained matrices' own gradient.
     segment = 2 * layer + projection
     assert plan["flops_train"] == (4 * segment + 2 * 3 * projection) * 240
     # Weights in float32, and of each trained one the gradient and two moments.
     assert plan["memory_weights"] == 4 * (3 * layer + embedding) + 12 * 3 * projection
-    # The projection's input, the residual and the reference for each token.
-    assert plan["memory_boundaries"] == 240 * (INNER + 2 * HIDDEN) * 4
+    # The projection's input and the residual of each token, the reference of retain texts'.
+    assert plan["memory_boundaries"] == (240 * (INNER + HIDDEN) + 120 * HIDDEN) * 4
     assert plan["seconds"] > 0
     assert (plan["measured"], plan["efficiency"], plan["dtype"]) == (True, 0.5, "float32")
     # An action is a step here, and an episode two; a look comes after each action.
@@ -487,7 +488,7 @@ def test_plan_of_a_preset_without_its_files(cli):
     layer = attention + 3 * projection + 2 * 4096
     head = 128256 * 4096
     assert plan["bytes_read"] == 2 * (8 * layer + head)
-    assert plan["flops_prefix"] == 2 * 8 * layer * 2 * 150 * 4 * 512
+    assert plan["flops_prefix"] == 2 * (6 * layer - projection + 8 * layer) * 150 * 4 * 512
     optimiser = 3 * projection * (2 + 8 + 4)
     assert plan["memory_weights"] == 2 * (8 * layer + head) + optimiser
     assert plan["learned"]["memory_weights"] == 2 * 8_030_261_248 + optimiser

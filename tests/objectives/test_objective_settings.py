@@ -126,10 +126,28 @@ def test_every_objective_fills_in_and_checks_its_own_settings(name: str) -> None
         ("simnpo", Logprobs(forget_reference=False)),
         ("multi-layer-probe", Activations(True, probes="many", twin_logprobs=True)),
         ("single-layer-probe", Activations(True, probes="one", twin_logprobs=True)),
+        ("cosine-rmu", Activations(reference_settings=("norm_weight",))),
     ],
 )
 def test_what_objectives_need(name: str, needs: Any) -> None:
     assert OBJECTIVES.get(name).extras["needs"] == needs
+
+
+def test_a_setting_may_need_the_originals_of_forget_texts() -> None:
+    needs = OBJECTIVES.get("cosine-rmu").extras["needs"]
+    assert not needs.given({"norm_weight": 0.0}).forget_reference
+    assert needs.given({"norm_weight": 0.1}).forget_reference
+    for other in (Activations(), Activations(True), Logprobs(), Logprobs(twin=True)):
+        assert other.given({}) == other
+
+
+@pytest.mark.parametrize("name", OBJECTIVES.names())
+def test_settings_that_need_the_originals_are_its_own_and_no_knobs(name: str) -> None:
+    """What a trade-off may move while a run goes on cannot ask for more boundaries."""
+    entry = OBJECTIVES.get(name)
+    asking = set(getattr(entry.extras["needs"], "reference_settings", ()))
+    assert asking <= settings_of(entry, {}).keys()
+    assert not asking & {knob.name for knob in entry.extras["knobs"]}
 
 
 def test_log_probabilities_come_with_the_originals_and_no_layers() -> None:

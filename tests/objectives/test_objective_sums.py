@@ -54,9 +54,9 @@ def test_rmu() -> None:
 
 def test_rmu_watches() -> None:
     logs = rmu(forget(), retain()).logs
-    # cos((3, 4), u) = 1, cos((0, 2), u) = 0.8; norms 5/10 and 2/2.
+    # cos((3, 4), u) = 1, cos((0, 2), u) = 0.8; norms 5 and 2.
     assert logs["cos_target"].item() == about(0.9)
-    assert logs["norm_ratio"].item() == about(0.75)
+    assert logs["norm_forget"].item() == about(3.5)
     assert logs["cos_retain"].item() == about(1 / sqrt(5) / 2)
 
 

@@ -53,7 +53,6 @@ for name, command in COMMANDS.items():
     app.command(name)(command)
 
 
-
 def print_version(asked: bool) -> None:
     """The version, and no more."""
     if asked:

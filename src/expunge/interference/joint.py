@@ -18,7 +18,7 @@ from typing import Any
 from expunge.cuts import Where, depth_of
 from expunge.folder import LOSSES_NAME, PATCH_NAME, STATE_NAME, holds, unclaiming
 from expunge.interference import folder
-from expunge.learning import Learning, objective_of, tell_collapse
+from expunge.learning import Learning, objective_of
 from expunge.metalearning.looking import guard
 from expunge.model.patch import Patch
 from expunge.model.segment import LOGPROBS
@@ -139,7 +139,7 @@ def _trained(
     with progress.phase("train", steps) as advance:
         result = trainer.run(stage, lambda log: advance(1, f"loss {log.loss:.4f}"))
     if watch is not None:
-        tell_collapse(result, watch.floor, progress)
+        watch.tell_collapse(progress.say)
     looks = len(watch.points) if watch is not None else 0
     facts = {
         **_facts(pairs, usual, result),

@@ -7,8 +7,8 @@ needs, and the engine cuts the model accordingly. Shapes: B batch, T tokens, D h
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -29,11 +29,19 @@ class Activations:
             give their directions; ``none``: read the recipe's layer.
         twin_logprobs: where the data is paired, also give the log-probabilities of each forget
             text's other wording; the whole model is then opened, and run for these wordings.
+        reference_settings: settings of the objective that, unless they are 0, need
+            ``forget_reference`` too.
     """
 
     forget_reference: bool = False
     probes: Literal["none", "many", "one"] = "none"
     twin_logprobs: bool = False
+    reference_settings: tuple[str, ...] = ()
+
+    def given(self, settings: Mapping[str, Any]) -> Activations:
+        """What is needed with these settings of the objective."""
+        asked = any(settings[name] for name in self.reference_settings)
+        return replace(self, forget_reference=self.forget_reference or asked)
 
 
 @dataclass(frozen=True)
@@ -56,6 +64,10 @@ class Logprobs:
     def probes(self) -> Literal["none"]:
         """Log-probabilities are read, no layers."""
         return "none"
+
+    def given(self, _settings: Mapping[str, Any]) -> Logprobs:
+        """What is needed with these settings of the objective: always the same."""
+        return self
 
 
 Needs = Activations | Logprobs
@@ -133,7 +145,7 @@ class Loss:
 
     Attributes:
         forget, retain: float32 scalars with gradient; lower is better for both.
-        watch: computes detached scalars worth watching, e.g. ``cos_target`` and ``norm_ratio``;
+        watch: computes detached scalars worth watching, e.g. ``cos_target`` and ``norm_forget``;
             called at some steps only, since it costs as much as a loss.
     """
 

@@ -88,7 +88,7 @@ def adaptive_rmu(
     source="arXiv:2605.26454 (body not public to us)",
     deviations="a reconstruction: the paper is known to use a cosine-based variant of RMU; the "
     "formula, the retain angle and the optional norm terms are ours",
-    needs=Activations(forget_reference=True),
+    needs=Activations(reference_settings=("norm_weight",)),
     retain_weight=5.0,
     target="centered",
 )
@@ -107,7 +107,7 @@ def cosine_rmu(
     be part of its effect; two optional terms add one.
 
     Args:
-        forget: activations of forget texts, with reference and targets.
+        forget: activations of forget texts, with targets, and for ``norm_weight`` with reference.
         retain: activations of retain texts, with reference.
         norm_weight: weight of (‖h‖/‖h0‖ − norm_target)² on forget texts.
         norm_target: wanted ratio of norms on forget texts.
@@ -175,16 +175,13 @@ def _norm_ratio(acts_BTD: Tensor, reference_BTD: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _watch(forget: Captured, retain: Captured) -> dict[str, Tensor]:
-    """At the deepest layer: cos(h, u), ‖h‖/‖h0‖ on forget texts, cos(h, h0) on retain texts."""
+    """At the deepest layer: cos(h, u) and ‖h‖ on forget texts, cos(h, h0) on retain texts."""
     layer = max(forget.acts)
     acts = forget.acts[layer]
-    watch = {
+    return {
         "cos_target": masked_mean(cosine(acts, _like(forget.target[layer], acts)), forget.mask_BT),
+        "norm_forget": masked_mean(acts.float().norm(dim=-1), forget.mask_BT),
         "cos_retain": masked_mean(
             cosine(retain.acts[layer], retain.reference[layer]), retain.mask_BT
         ),
     }
-    if layer in forget.reference:
-        ratio_BT = _norm_ratio(acts, forget.reference[layer])
-        watch["norm_ratio"] = masked_mean(ratio_BT, forget.mask_BT)
-    return watch

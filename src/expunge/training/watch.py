@@ -106,6 +106,15 @@ class Watch:
         for name, parameter in weights.items():
             parameter.copy_(self.best[name])
 
+    def tell_collapse(self, say: Callable[[str], None]) -> None:
+        """Say that the run was stopped because the rest was lost, if it was."""
+        if self.collapsed is not None:
+            say(
+                f"what is to be kept fell below {self.floor:g} of the base's after "
+                f"{self.collapsed} steps: the run stopped, with its best state on validation, "
+                f"that of step {self.best_step}"
+            )
+
     def _is_best(self, point: Point) -> bool:
         if self.best_step is None:
             return True
