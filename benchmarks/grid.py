@@ -72,7 +72,8 @@ def main() -> None:
     given = parser.parse_args()
     recipe = recipe_of(given.function, given.work / "data", given.set)
     recipe = recipe.updated(seed=given.seed, tradeoff="learned")
-    folder = folder_of(given.work, recipe)
+    origin = environment()
+    folder = folder_of(given.work, recipe, origin["commit"])
     makers = [
         partial(cell, method="learned"),
         *(partial(fixed_cell, rate=r, weight=w) for r, w in itertools.product(RATES, WEIGHTS)),
@@ -106,7 +107,7 @@ def main() -> None:
             "told": told,
             "learned": learned,
             "fixed": fixed,
-            "environment": environment(),
+            "environment": origin,
         },
     )
     print(told)

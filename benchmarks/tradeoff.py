@@ -14,7 +14,8 @@ paired differences over seeds; the hypervolume is the primary one. What is tried
 and scales of changes, is the same for all.
 
 Cells are processes that share nothing; finished ones lie under --work, by recipe and commit, so an
-interrupted table goes on where it stopped.
+interrupted table goes on where it stopped. (Of changes that are not committed the folder knows no
+more than that there are some.)
 """
 
 from __future__ import annotations
@@ -223,11 +224,10 @@ def scores_on_test(bench: Workbench, patch: Patch) -> dict[str, dict[str, float 
     return found
 
 
-def folder_of(work: Path, recipe: Recipe) -> Path:
-    """Where finished cells of a recipe lie; those that other code made lie elsewhere."""
-    commit = str(environment()["commit"])
-    changed = "+" if commit.endswith("+") else ""
-    return work / f"{recipe.fingerprint[:12]}-{commit[:7]}{changed}"
+def folder_of(work: Path, recipe: Recipe, commit: str | None) -> Path:
+    """Where finished cells of a recipe lie; those that another commit's code made lie elsewhere."""
+    head, changed, _ = (commit or "unknown").partition("+")
+    return work / f"{recipe.fingerprint[:12]}-{head[:7]}{changed}"
 
 
 MakeCell = Callable[[Workbench, Recipe], dict[str, Any]]
@@ -276,7 +276,7 @@ def main() -> None:
         for seed in range(given.first_seed, given.first_seed + given.seeds)
         for method in given.methods
     ]
-    folder = given.work / given.function
+    folder, origin = given.work / given.function, environment()
     progress = Bars(Console(stderr=True))
     with (
         process_pool(given.workers) as pool,
@@ -287,7 +287,7 @@ def main() -> None:
                 work,
                 own,
                 partial(cell, method=method),
-                folder_of(folder, own) / f"{method}.json",
+                folder_of(folder, own, origin["commit"]) / f"{method}.json",
             )
             for own, method in tasks
         ]
@@ -315,7 +315,7 @@ def main() -> None:
             "means": means,
             "learned_minus": differences,
             "cells": cells,
-            "environment": environment(),
+            "environment": origin,
         },
     )
     table = Table("method", "front", "chosen", "inner steps", "seconds")

@@ -1,7 +1,8 @@
 """What a run will read, compute and take, before anything is loaded: `expunge plan`.
 
 Counts follow from the config and the headers of the safetensors files alone, or from a preset's
-config on the meta device. Memory is exact for weights and stored boundaries and an estimate for
+config on the meta device. What is counted is an objective that reads one layer and keeps no
+originals of forget texts. Memory is exact for weights and stored boundaries and an estimate for
 activations; time is the counted work divided by the speed of a matrix product, measured on this
 machine or published for another.
 """
@@ -176,10 +177,10 @@ def plan(
     step_tokens = 2 * batch_size * tokens
     below = sum(layers[: trained[0]]) + layers[trained[0]] - projection
     segment = projection + sum(layers[trained[0] + 1 : layer + 1])
-    # Two operations a weight and token forward; backward once for activations, and once more for
-    # the trained matrices alone.
     # Of retain texts the originals are kept too, of forget texts what enters the segment alone.
     flops_prefix = 2.0 * (2 * below + segment) * side
+    # Two operations a weight and token forward; backward once for activations, and once more for
+    # the trained matrices alone.
     flops_step = (4.0 * segment + 2.0 * len(trained) * projection) * step_tokens
     # Gradient in the model's type, two moments and, for a narrow type, a master in float32.
     optimiser = len(trained) * projection * (width + 8 + (4 if width < 4 else 0))

@@ -43,6 +43,7 @@ from expunge.records import Score, Split
 from expunge.registry import settings_of
 from expunge.steering import check_layers
 from expunge.training.loop import Stage, TrainingResult
+from expunge.training.order import ORDER
 from expunge.training.tradeoff import EXPLORING
 
 
@@ -317,6 +318,7 @@ class Workbench:
             **({"policy": _digest(recipe.policy_from)} if recipe.policy_from else {}),
             # A state that was found by other looks is not gone on with, whatever "auto" means.
             **({"looks": kind_of(recipe)} if recipe.tradeoff in EXPLORING else {}),
+            "order": ORDER,
             "versions": [torch.__version__, sklearn.__version__],
         }
         if self.start is not None:

@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from expunge import miniature
 from expunge.errors import DataError
 from expunge.model.patch import Patch
+from expunge.model.segment import Boundary, Segment
 from expunge.objectives import OBJECTIVES, Logprobs
 from expunge.recipe import Recipe
+from expunge.training.tradeoff import Fixed
 from expunge.workbench import Workbench
 
 # name -> what a recipe says of the function and its data
@@ -97,3 +100,48 @@ def test_probes_of_knowledge_tell_it_from_the_retain_texts(
     refusing = recipe(files, "knowledge with refusals", objective="multi-layer-probe")
     cut = benches["knowledge with refusals"].learning.cut(refusing)
     assert cut.twins is not None and len(cut.twins.texts) == 32
+
+
+def test_originals_of_forget_texts_are_stored_where_a_setting_needs_them(files: Path) -> None:
+    """And a bench that has stored them trains what does without as before."""
+    plain = recipe(files, "knowledge", objective="cosine-rmu", steps=6)
+    normed = plain.updated(objective_settings={"norm_weight": 0.5, "norm_target": 2.0})
+    bench = Workbench(plain)
+
+    def trained(own: Recipe) -> Patch:
+        patch, _ = bench.train(own)
+        assert isinstance(patch, Patch)
+        return patch
+
+    before = trained(plain)
+    assert not any(store.reference for store in bench.learning.cut(plain).forget)
+    other = trained(normed)
+    assert all(store.reference for store in bench.learning.cut(normed).forget)
+    assert (other + -before).norm() > 0.01 * before.norm()
+    after = trained(plain)
+    assert all(torch.equal(after.deltas[name], delta) for name, delta in before.deltas.items())
+
+
+def test_forget_and_retain_texts_mostly_share_a_pass(
+    files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = recipe(
+        files, "knowledge", objective="cosine-rmu", max_texts=640, steps=80, batch_size=8
+    )
+    bench = Workbench(asked)
+    rows: list[int] = []
+
+    class SeenError(Exception):
+        """What a step would compute is of no interest."""
+
+    def forward(_segment: Segment, _boundary: Boundary, ids_BT: torch.Tensor, *_: Any) -> Any:
+        rows.append(len(ids_BT))
+        raise SeenError
+
+    trainer = bench.learning.trainer(asked, Fixed(1.0), None)
+    monkeypatch.setattr(Segment, "forward", forward)
+    for step in range(80):
+        _, forget, retain = trainer.batches.at(step)
+        with pytest.raises(SeenError):
+            trainer.sight.of(0, forget, retain, torch.Generator())
+    assert rows.count(16) >= 76

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from expunge.errors import RecipeError
-from expunge.objectives import OBJECTIVES, Activations, Captured, Logprobs, Loss
+from expunge.objectives import OBJECTIVES, Activations, Captured, Knob, Logprobs, Loss, objective
 from expunge.objectives.retain import add_noise, safe_norm
 from expunge.objectives.targets import Targets
 from expunge.registry import Entry, Registry, settings_of
@@ -141,13 +141,24 @@ def test_a_setting_may_need_the_originals_of_forget_texts() -> None:
         assert other.given({}) == other
 
 
-@pytest.mark.parametrize("name", OBJECTIVES.names())
-def test_settings_that_need_the_originals_are_its_own_and_no_knobs(name: str) -> None:
+@pytest.mark.parametrize("setting", ["no-such", "weight"])
+def test_what_asks_for_originals_is_a_setting_and_no_knob(setting: str) -> None:
     """What a trade-off may move while a run goes on cannot ask for more boundaries."""
-    entry = OBJECTIVES.get(name)
-    asking = set(getattr(entry.extras["needs"], "reference_settings", ()))
-    assert asking <= settings_of(entry, {}).keys()
-    assert not asking & {knob.name for knob in entry.extras["knobs"]}
+    add = objective(
+        "asking",
+        source="here",
+        deviations="none",
+        needs=Activations(reference_settings=(setting,)),
+        retain_weight=1.0,
+        knobs=(Knob("weight", 0.1, 1.0),),
+    )
+
+    def asking(_forget: Captured, _retain: Captured, *, weight: float = 0.5) -> Loss:
+        raise AssertionError(weight)
+
+    with pytest.raises(ValueError, match=setting):
+        add(asking)
+    assert "asking" not in OBJECTIVES
 
 
 def test_log_probabilities_come_with_the_originals_and_no_layers() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from random import Random
+from statistics import correlation
 
 import pytest
 
@@ -20,13 +21,18 @@ def lengths(n: int, seed: int) -> list[int]:
 FORGET, RETAIN = lengths(80, seed=1), lengths(80, seed=2)
 
 
-def widths(batches: Batches, steps: range) -> list[tuple[int, int]]:
+def longest(batches: Batches, steps: range) -> list[tuple[int, int]]:
     """Longest forget and longest retain text of each step of one topic."""
     found = []
     for step in steps:
         _, forget, retain = batches.at(step)
         found.append((max(FORGET[i] for i in forget), max(RETAIN[i] for i in retain)))
     return found
+
+
+def rises(pairs: list[tuple[int, int]]) -> bool:
+    """Whether no shorter retain batch stands beside longer forget texts."""
+    return all(r <= s for f, r in pairs for g, s in pairs if f < g)
 
 
 @pytest.mark.parametrize("epoch", [0, 1, 5])
@@ -48,14 +54,13 @@ def test_batches_are_those_of_the_shuffle() -> None:
         )
         assert [step[1] for step in steps] == forget
         assert sorted(step[2] for step in steps) == sorted(retain)
-        assert [step[2] for step in steps] != sorted(step[2] for step in steps)
+        assert [step[2] for step in steps] != retain
 
 
 @pytest.mark.parametrize("epoch", [0, 1])
 def test_long_retain_texts_stand_beside_long_forget_texts(epoch: int) -> None:
-    found = widths(Batches([FORGET], RETAIN, BATCH, SEED), range(20 * epoch, 20 * epoch + 20))
-    by_forget = [retain for _, retain in sorted(found, key=lambda pair: pair[0])]
-    assert by_forget == sorted(by_forget)
+    found = longest(Batches([FORGET], RETAIN, BATCH, SEED), range(20 * epoch, 20 * epoch + 20))
+    assert rises(found)
     # Both sides are drawn alike, so equal ranks are nearly equal lengths.
     assert sum(abs(one - other) for one, other in found) / len(found) < 3
 
@@ -73,8 +78,7 @@ def test_sides_of_unequal_size(n_retain: int) -> None:
     steps = [batches.at(step) for step in range(n_retain // BATCH)]
     assert sorted(i for _, _, texts in steps for i in texts) == list(range(n_retain))
     pairs = [(max(FORGET[i] for i in f), max(retain[i] for i in r)) for _, f, r in steps]
-    longest_last = [r for _, r in sorted(pairs, key=lambda pair: pair[0])]
-    assert longest_last == sorted(longest_last)
+    assert rises(pairs)
 
 
 def test_topics_alternate_each_at_its_own_pace() -> None:
@@ -86,10 +90,28 @@ def test_topics_alternate_each_at_its_own_pace() -> None:
             assert batches.at(2 * turn + topic)[:2] == (topic, alone.at(turn)[1])
 
 
-def test_equal_lengths_keep_the_shuffle() -> None:
-    batches = Batches([[7] * 80], [9] * 80, BATCH, SEED)
-    shuffled = training_batches(80, batch_size=BATCH, seed=(SEED + 1) * 100_003, lengths=[9] * 80)
-    assert [batches.at(step)[2] for step in range(20)] == shuffled
+def test_retain_texts_rank_as_the_forget_texts_of_their_step_whatever_the_topic() -> None:
+    topics = [FORGET, lengths(40, seed=5)]
+    batches = Batches(topics, RETAIN, BATCH, SEED)
+    steps = [batches.at(step) for step in range(20)]
+    pairs = [(max(topics[t][i] for i in f), max(RETAIN[i] for i in r)) for t, f, r in steps]
+    assert rises(pairs)
+
+
+@pytest.mark.parametrize("widths", [[7], [7, 9]])
+def test_chance_decides_among_forget_texts_of_one_length(widths: list[int]) -> None:
+    """An epoch of texts that are all cut at one length must not go from short to long."""
+    forget, retain = widths * (400 // len(widths)), lengths(400, seed=6)
+    batches = Batches([forget], retain, BATCH, SEED)
+    steps = [batches.at(step) for step in range(100)]
+    for width in widths:
+        found = [
+            max(retain[i] for i in texts)
+            for _, own, texts in steps
+            if max(forget[i] for i in own) == width
+        ]
+        places = range(len(found))
+        assert abs(correlation(places, found)) < 0.3
 
 
 def test_the_same_seed_reads_the_same_from_any_step_on() -> None:

@@ -157,16 +157,22 @@ def test_a_watch_changes_nothing_of_a_good_run(bench: tiny.Bench) -> None:
 def test_a_collapse_ends_the_run_with_its_best_state(bench: tiny.Bench) -> None:
     told = Told()
     look = scripted([(0.3, 0.9), (0.8, 0.9), (0.9, 0.6), (1.0, 0.49)])
-    result = run(bench, Watch(look, 1, FLOOR, on_point=told))
+    watch = Watch(look, 1, FLOOR, on_point=told)
+    result = run(bench, watch)
     assert (result.collapsed, result.restored, len(result.log)) == (4, 2, 4)
+    said: list[str] = []
+    watch.tell_collapse(said.append)
+    assert len(said) == 1 and "after 4 steps" in said[0] and "that of step 2" in said[0]
     assert same(told.weights[2], result.weights)
     # As a run that was to end there.
     assert same(run(bench, None, steps=2).weights, result.weights)
 
 
 def test_retain_at_the_floor_is_no_collapse(bench: tiny.Bench) -> None:
-    result = run(bench, Watch(lambda: Point(0.5, FLOOR), 2, FLOOR))
+    watch = Watch(lambda: Point(0.5, FLOOR), 2, FLOOR)
+    result = run(bench, watch)
     assert result.collapsed is None and len(result.log) == STEPS
+    watch.tell_collapse(pytest.fail)
 
 
 def test_a_collapse_before_any_good_state_is_an_error(bench: tiny.Bench) -> None:

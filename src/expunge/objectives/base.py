@@ -6,6 +6,7 @@ needs, and the engine cuts the model accordingly. Shapes: B batch, T tokens, D h
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -206,8 +207,12 @@ def objective(
         target: default kind of target direction, for objectives that have one.
         knobs: settings of the objective that a learned trade-off may move, besides the learning
             rate and the retain weight.
+
+    Raises:
+        ValueError: ``reference_settings`` of the needs names no setting, or a knob: what is stored
+            is decided before a run begins.
     """
-    return OBJECTIVES.register(
+    register = OBJECTIVES.register(
         name,
         source=source,
         deviations=deviations,
@@ -216,6 +221,17 @@ def objective(
         target=target,
         knobs=knobs,
     )
+
+    def add(part: Objective) -> Objective:
+        asking = set(needs.reference_settings) if isinstance(needs, Activations) else set()
+        fixed = set(inspect.signature(part).parameters) - {knob.name for knob in knobs}
+        if not asking <= fixed:
+            raise ValueError(
+                f"reference_settings of {name!r}: no settings, or knobs: {sorted(asking - fixed)}"
+            )
+        return register(part)
+
+    return add
 
 
 def mean_over_layers(values: list[Tensor]) -> Tensor:

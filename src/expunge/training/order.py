@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from random import Random
 
 from expunge.data.tokens import training_batches
+
+# By which rule: a run that was interrupted goes on by no other.
+ORDER = "retain batches by rank"
 
 
 class Batches:
     """Which forget and retain texts each step reads; topics alternate by step.
 
     Either side goes on epoch after epoch, with a new shuffle for each. Of an epoch's retain
-    batches, each stands at a step whose forget texts rank as high in length: both then go through
-    the segment in one pass with little padding.
+    batches, each stands at a step whose forget texts rank as high in length, so that mostly both
+    go through the segment in one pass with little padding.
 
     Args:
         forget: tokens of each text, topic by topic.
         retain: tokens of each text to keep.
+        batch_size: texts of either side in a step.
         seed: of all shuffles.
     """
 
@@ -70,22 +75,26 @@ class _Order:
 
     def _epoch(self, epoch: int) -> list[tuple[int, ...]]:
         if epoch not in self._epochs:
+            seed = self.seed * 100_003 + epoch
             batches = training_batches(
-                len(self.lengths),
-                batch_size=self.batch_size,
-                seed=self.seed * 100_003 + epoch,
-                lengths=self.lengths,
+                len(self.lengths), batch_size=self.batch_size, seed=seed, lengths=self.lengths
             )
             if self.beside is not None:
-                batches = self._by_rank(batches, epoch * len(batches), self.beside)
+                batches = self._by_rank(batches, epoch * len(batches), self.beside, Random(seed))
             self._epochs[epoch] = batches
         return self._epochs[epoch]
 
     def _by_rank(
-        self, batches: list[tuple[int, ...]], first: int, beside: Callable[[int], int]
+        self,
+        batches: list[tuple[int, ...]],
+        first: int,
+        beside: Callable[[int], int],
+        random: Random,
     ) -> list[tuple[int, ...]]:
         """These batches, numbered from ``first``, the longest where ``beside`` is longest."""
-        # Sorting keeps the shuffle's order where lengths are equal.
-        places = sorted(range(len(batches)), key=lambda place: beside(first + place))
+        # Chance decides among places of one width: in their order, an epoch of texts that are all
+        # cut at one length would read its retain texts from short to long.
+        places = random.sample(range(len(batches)), len(batches))
+        places.sort(key=lambda place: beside(first + place))
         ranked = zip(places, sorted(batches, key=self.longest), strict=True)
         return [batch for _, batch in sorted(ranked)]
