@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from importlib import metadata
 from typing import Annotated, Any, NoReturn
 
 # Before any library that would look for a hub: only a model named by the user is fetched.
@@ -20,7 +21,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 import typer
 
-from expunge import __version__, console
+from expunge import console
 from expunge.cli import compare, demo, evaluate, looking, models, reports, runs
 from expunge.errors import ExpungeError, ResourceError
 
@@ -56,7 +57,7 @@ for name, command in COMMANDS.items():
 def print_version(asked: bool) -> None:
     """The version, and no more."""
     if asked:
-        typer.echo(f"expunge {__version__}")
+        typer.echo(f"expunge {metadata.version('expunge')}")
         raise typer.Exit
 
 
