@@ -473,6 +473,8 @@ def test_base_that_is_not_finite(cli, world, tmp_path):
 def test_capture_that_never_fires(cli, world, tmp_path, monkeypatch):
     monkeypatch.setattr(Segment, "_model_forward", lambda *_args: {})
     result = cli(*world.args(tmp_path / "out"))
+    check(result, TRAINING, "The boundary before the first trained layer was never reached")
+    result = cli(*world.args(tmp_path / "out", "--objective", "adaptive-rmu"))
     check(result, TRAINING, "A capture never fired", "no activations after layer 2")
     assert not (tmp_path / "out").exists()
 
