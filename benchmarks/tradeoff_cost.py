@@ -8,12 +8,14 @@ by representation and by likelihood. The random base has no answer to any questi
 by as many texts instead, and a run goes on whatever they show.
 
 The textbook loop is RMU over whole models (benchmarks/textbook.py), with the demo's steps, batch
-and texts, in float32 as all is. Between two of its runs: `expunge run --tradeoff learned` from the
-opened base on, prefix, all episodes, looks, the last run and the closer look at the front included,
-the final test left out, episodes in processes beside as that command has them by default. Times are
-wall seconds, an episode's too, whatever ran beside it. A round has the textbook loop before and
-after, since a machine's speed drifts: its ratio is to their mean, and the median of rounds is
-reported. The random base has a third as many.
+and texts, in float32 as all is: once with texts drawn at random, whatever their lengths, and once
+in the package's own batches, of texts of about one length, which pad less. Between two runs of
+each: `expunge run --tradeoff learned` from the opened base on, prefix, all episodes, looks, the
+last run and the closer look at the front included, the final test left out, episodes in processes
+beside as that command has them by default. Times are wall seconds, an episode's too, whatever ran
+beside it. A round has both textbook loops before and after, since a machine's speed drifts: a ratio
+is to the mean of the two, and the median of rounds is reported. The random base has a third as
+many.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +44,7 @@ from expunge.players import players_of
 from expunge.provenance import environment
 from expunge.recipe import Recipe
 from expunge.training.loop import Stage
+from expunge.training.order import Batches
 from expunge.workbench import Workbench
 from textbook import textbook_rmu
 
@@ -48,21 +52,42 @@ RETAIN_WEIGHT, COEFFICIENT, LR = 20.0, 6.5, 1e-4
 # Width of the miniature.
 HIDDEN = 128
 
+Texts = Sequence[tuple[int, ...]]
+Pairs = list[tuple[Tensor, Tensor]]
 
-def batches(texts: list[tuple[int, ...]], recipe: Recipe, seed: int) -> list[Tensor]:
-    """Padded batches, as many as the recipe has steps."""
+
+def drawn(forget: Texts, retain: Texts, recipe: Recipe) -> Pairs:
+    """Each step's texts, drawn at random: what a loop does that knows nothing of lengths."""
+    sides = (forget, 0), (retain, 1)
+    return list(zip(*(_drawn(texts, recipe, seed) for texts, seed in sides), strict=True))
+
+
+def _drawn(texts: Texts, recipe: Recipe, seed: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    made = []
-    for _ in range(recipe.steps):
-        picked = torch.randint(len(texts), (recipe.batch_size,), generator=generator).tolist()
-        width = max(len(texts[i]) for i in picked)
-        rows = [list(texts[i]) + [0] * (width - len(texts[i])) for i in picked]
-        made.append(torch.tensor(rows))
-    return made
+    size = (recipe.steps, recipe.batch_size)
+    return [
+        padded([texts[i] for i in picked])
+        for picked in torch.randint(len(texts), size, generator=generator).tolist()
+    ]
 
 
-def textbook_seconds(bench: Workbench, recipe: Recipe) -> float:
-    """One run of the textbook loop, models opened beforehand."""
+def grouped(forget: Texts, retain: Texts, recipe: Recipe) -> Pairs:
+    """Each step's texts as the package orders them: texts of about one length together."""
+    lengths = [[len(text) for text in texts] for texts in (forget, retain)]
+    order = Batches(lengths[:1], lengths[1], recipe.batch_size, recipe.seed)
+    read = [order.at(step)[1:] for step in range(recipe.steps)]
+    return [(padded([forget[i] for i in f]), padded([retain[i] for i in r])) for f, r in read]
+
+
+def padded(texts: Texts) -> Tensor:
+    width = max(map(len, texts))
+    return torch.tensor([[*text, *[0] * (width - len(text))] for text in texts])
+
+
+def textbook_run(
+    bench: Workbench, recipe: Recipe, order: Callable[[Texts, Texts, Recipe], Pairs]
+) -> dict[str, float]:
+    """Seconds of one run of the textbook loop, models opened beforehand, and tokens of a step."""
     tokens = bench.learning.tokens(recipe)
     # As the learned run computes: the miniature is stored in float16, which many CPUs emulate.
     model, frozen = (
@@ -70,20 +95,26 @@ def textbook_seconds(bench: Workbench, recipe: Recipe) -> float:
         for _ in range(2)
     )
     target_D = torch.rand(model.config.hidden_size)
-    forget, retain = batches(tokens.forget[0], recipe, 0), batches(tokens.retain, recipe, 1)
+    pairs = order(tokens.forget[0], tokens.retain, recipe)
     start = time.perf_counter()
     textbook_rmu(
         model,
         frozen,
-        forget=forget,
-        retain=retain,
+        forget=[forget for forget, _ in pairs],
+        retain=[retain for _, retain in pairs],
         layer=max(bench.learning.where(recipe).captured),
         target_D=target_D / target_D.norm(),
         coefficient=COEFFICIENT,
         retain_weight=RETAIN_WEIGHT,
         lr=LR,
     )
-    return time.perf_counter() - start
+    return {
+        "seconds": time.perf_counter() - start,
+        "step_tokens": statistics.fmean(f.numel() + r.numel() for f, r in pairs),
+    }
+
+
+ORDERS = {"drawn": drawn, "grouped": grouped}
 
 
 def learned_run(recipe: Recipe) -> dict[str, Any]:
@@ -131,26 +162,31 @@ def measured(recipe: Recipe, rounds: int) -> dict[str, Any]:
     """Rounds on one base, and the medians of their ratios."""
     bench, found = Workbench(recipe), []
     for _ in range(rounds):
-        before = textbook_seconds(bench, recipe)
+        before = {name: textbook_run(bench, recipe, ORDERS[name]) for name in ORDERS}
         learned = learned_run(recipe)
-        around = [before, textbook_seconds(bench, recipe)]
-        textbook = statistics.fmean(around)
-        found.append(
-            {
-                "textbook": around,
-                **learned,
+        after = {name: textbook_run(bench, recipe, ORDERS[name]) for name in ORDERS}
+        found.append(learned | {"textbook": {}})
+        for name in ORDERS:
+            seconds = [one[name]["seconds"] for one in (before, after)]
+            textbook = statistics.fmean(seconds)
+            found[-1]["textbook"][name] = {
+                "seconds": seconds,
+                "step_tokens": before[name]["step_tokens"],
                 "ratio": learned["learned"] / textbook,
                 "episode_ratio": learned["episode"] / textbook,
             }
-        )
         print(found[-1])
     where = bench.learning.where(recipe)
+
+    def median(name: str, what: str) -> float:
+        return statistics.median(one["textbook"][name][what] for one in found)
+
     return {
         "layers": bench.checkpoint.n_layers,
         "trained_layers": list(where.trained),
         "read_layers": list(where.captured),
-        "learned_over_textbook": statistics.median(r["ratio"] for r in found),
-        "episode_over_textbook": statistics.median(r["episode_ratio"] for r in found),
+        "learned_over_textbook": {name: median(name, "ratio") for name in ORDERS},
+        "episode_over_textbook": {name: median(name, "episode_ratio") for name in ORDERS},
         "rounds": found,
     }
 
