@@ -32,7 +32,7 @@ def textbook_rmu(
     Args:
         model: a Llama-like causal LM in float32.
         frozen: a second one with the same weights, for the retain term's reference.
-        forget, retain: a batch of token ids (BT, no padding) for each step.
+        forget, retain: a batch of token ids (BT) for each step; padding counts as text.
     """
     names = [f"model.layers.{i}.mlp.down_proj.weight" for i in (layer - 2, layer - 1, layer)]
     trained = {name: model.get_parameter(name) for name in names}

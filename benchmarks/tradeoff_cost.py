@@ -195,7 +195,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("results/tradeoff_cost.json"))
     parser.add_argument("--rounds", type=int, default=3)
-    given = parser.parse_args()
+    given, origin = parser.parse_args(), environment()
     with tempfile.TemporaryDirectory() as name:
         data, deep = Path(name) / "data", Path(name) / "deep"
         check_data().write(data)
@@ -213,7 +213,7 @@ def main() -> None:
             "episodes": recipe.episodes,
             "steps": recipe.steps,
             "bases": found,
-            "environment": environment(),
+            "environment": origin,
         },
     )
 

@@ -22,7 +22,7 @@ ROOMS = (
     "interference compose picking run players benches comparison folder workbench measuring "
     "editing metalearning learning probing cuts steering published recipe functions edits "
     "probes evaluation training defaults presets model objectives data miniature provenance "
-    "progress processes records registry drawing masked files errors"
+    "progress processes records registry drawing masked files errors version"
 ).split()
 
 PACKAGE = Path(expunge.__file__).parent

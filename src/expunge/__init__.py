@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
+
+from expunge.version import VERSION
 
 if TYPE_CHECKING:
     from expunge.model.patch import Patch
@@ -11,11 +12,7 @@ if TYPE_CHECKING:
     from expunge.records import RunRecord, Score
     from expunge.run import run, unlearn
 
-try:
-    __version__ = version("expunge")
-except PackageNotFoundError:
-    __version__ = "0"
-
+__version__ = VERSION
 _HOMES = {
     "Patch": "expunge.model.patch",
     "Recipe": "expunge.recipe",

@@ -21,6 +21,7 @@ from expunge.metalearning.archive import (
     Entry,
     chosen,
     chosen_facts,
+    collapse_of,
     load_front,
     save_front,
 )
@@ -100,6 +101,7 @@ def pick(out: Path, point: int, *, progress: Progress | None = None) -> Picked:
         out / FRONT_FOLDER / front[point - 1].losses_file if searched else out / LOSSES_NAME
     )
     training |= ends_of(log) if searched else {}
+    training |= collapse_of(front[point - 1], known["tried"])
     metadata = {**present.metadata, "training": training}
     patch = replace(present, deltas=taken.deltas, base=taken.base, metadata=metadata)
     record = measured(recipe, patch, bench, record.training.get("split_reads", {}), log)

@@ -179,12 +179,13 @@ class _Players:
 def open_bench(recipe: Recipe) -> None:
     """Make in this process what all its episodes need, before the first is asked for.
 
-    Where the layer is yet to be found, by the run's own process, that is the base and the tokens.
+    Where the layer is to be found by short runs, of the run's own process, that is the base and
+    the tokens.
     """
     bench = kept_bench(recipe)
     bench.learning.opened(recipe.model, None if reads_outputs(recipe) else 1)
     bench.learning.tokens(recipe)
-    if recipe.layer != "auto" or not recipe.calibrate:
+    if not bench.calibrates(recipe):
         settled, _ = bench.settled(recipe)
         _ = Episodes(bench.learning, settled).usual
 

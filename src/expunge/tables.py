@@ -57,6 +57,14 @@ def print_record(console: Console, record: RunRecord) -> None:
     calibration = record.training.get("calibration")
     if calibration:
         console.print(_calibration_table(calibration))
+    collapsed, restored = (record.training.get(name) for name in ("collapsed", "restored"))
+    if isinstance(collapsed, int):  # of a sum of patches there is one for each part
+        console.print(
+            f"what was to be kept collapsed after {collapsed} steps; "
+            f"the state after {restored} steps is taken",
+            markup=False,
+            highlight=False,
+        )
     reads = record.training.get("split_reads", {})
     if reads:
         counts = ", ".join(f"{split} {_times(n)}" for split, n in reads.items())

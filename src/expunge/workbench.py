@@ -46,6 +46,9 @@ from expunge.training.loop import Stage, TrainingResult
 from expunge.training.order import ORDER
 from expunge.training.tradeoff import EXPLORING
 
+# What trained weights depend on besides what a user gives.
+CODE = {"order": ORDER, "torch": torch.__version__, "sklearn": sklearn.__version__}
+
 
 @dataclass
 class Workbench:
@@ -233,9 +236,7 @@ class Workbench:
         Args:
             folder: of the run, where a calibration is kept for a resume.
         """
-        needs = method_of(recipe).extras.get("needs")
-        reads_a_layer = isinstance(needs, Activations) and needs.probes == "none"
-        if recipe.layer != "auto" or not reads_a_layer:
+        if recipe.layer != "auto" or not _reads_a_layer(recipe):
             return recipe, {}
         known = find_preset(self.checkpoint.config)
         if known is not None:
@@ -243,18 +244,20 @@ class Workbench:
             if recipe.trained_layers is not None:
                 del layers["trained_layers"]
             return recipe.updated(**layers), {"preset": known.name}
-        if not recipe.calibrate:
-            return recipe, {}
-        found = self._calibration(recipe, folder)
+        found = self._calibration(recipe, folder) if recipe.calibrate else None
         if found is None:
             return recipe, {}
         return recipe.updated(layer=found.layer), {"calibration": found.to_dict()}
 
+    def calibrates(self, recipe: Recipe) -> bool:
+        """Whether the recipe's layer is found by short runs."""
+        wanted = recipe.layer == "auto" and recipe.calibrate and _reads_a_layer(recipe)
+        return wanted and find_preset(self.checkpoint.config) is None
+
     def _calibration(self, recipe: Recipe, folder: Path | None) -> Calibration | None:
         """What short runs say of the layers, tried once on a bench; None where they cannot."""
         key = recipe.updated(seed=0).fingerprint
-        rests_on = json.dumps([key, dict(self.data.hashes), kind_of(recipe)], sort_keys=True)
-        rests_on = hashlib.sha256(rests_on.encode()).hexdigest()
+        rests_on = _digest_of([key, dict(self.data.hashes), kind_of(recipe), CODE])
         if key not in self._calibrations and folder is not None:
             earlier = Calibration.load(folder / CALIBRATION_NAME, rests_on)
             if earlier is not None:
@@ -304,7 +307,7 @@ class Workbench:
         return self.measure(patch, oracle=oracle, split=split).scores
 
     def context(self, recipe: Recipe, folder: Path | None = None) -> str:
-        """Fingerprint of all that the trained weights depend on: settings, data, base weights."""
+        """Fingerprint of all that the trained weights depend on: settings, data, base, versions."""
         if method_of(recipe).kind == "edit":
             return ""  # done at once, there is nothing to go on with
         settled, _ = self.settled(recipe, folder)
@@ -318,14 +321,13 @@ class Workbench:
             **({"policy": _digest(recipe.policy_from)} if recipe.policy_from else {}),
             # A state that was found by other looks is not gone on with, whatever "auto" means.
             **({"looks": kind_of(recipe)} if recipe.tradeoff in EXPLORING else {}),
-            "order": ORDER,
-            "versions": [torch.__version__, sklearn.__version__],
+            "code": CODE,
         }
         if self.start is not None:
             facts["start"] = {
                 name: fingerprint(delta, delta.dtype) for name, delta in self.start.deltas.items()
             }
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        return _digest_of(facts)
 
     def provenance(self, recipe: Recipe, patch: Artefact) -> dict[str, Any]:
         """Recipe, hashes, versions, hardware."""
@@ -367,6 +369,16 @@ class Workbench:
             start = self.start if layers is None else part_within(self.start, model)
             start.apply_(model)
         return model, tokenizer
+
+
+def _reads_a_layer(recipe: Recipe) -> bool:
+    """Whether the recipe's own layer is read, not those of probes or the log-probabilities."""
+    needs = method_of(recipe).extras.get("needs")
+    return isinstance(needs, Activations) and needs.probes == "none"
+
+
+def _digest_of(facts: Any) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def _digest(folder: str) -> str:

@@ -619,7 +619,7 @@ def test_data_changed_since_the_run_was_interrupted(cli, world, tmp_path, monkey
         assert cli(*world.args(out, "--fresh", forget=forget)).code == 130
     shutil.copy(world.forget, forget)
     result = cli(*world.args(out, forget=forget))
-    check(result, TRAINING, "other data or another base", "--fresh")
+    check(result, TRAINING, "other data, another base", "--fresh")
 
 
 def test_damaged_state(cli, world, tmp_path, monkeypatch):

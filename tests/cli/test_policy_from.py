@@ -75,5 +75,5 @@ def test_a_teacher_that_changed_is_noticed_on_resume(world, teacher, tmp_path, m
             run(Recipe.build(settings), out)
     lines = (moved / "episodes.jsonl").read_text().splitlines()
     (moved / "episodes.jsonl").write_text("\n".join(lines[:-2]) + "\n")
-    with pytest.raises(TrainingError, match="other data or another base"):
+    with pytest.raises(TrainingError, match="other data, another base"):
         run(Recipe.build(settings), out)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from expunge.errors import PatchError
 from expunge.evaluation.pareto import hypervolume
-from expunge.metalearning.archive import Archive, Entry, load_front, save_front
+from expunge.metalearning.archive import Archive, Entry, collapse_of, load_front, save_front
 from expunge.model.patch import Patch
 from expunge.training.watch import Point
 
@@ -222,3 +222,15 @@ def test_a_folder_without_a_front_is_refused(tmp_path: Path, content: str | None
     with pytest.raises(PatchError, match="No front in") as caught:
         load_front(tmp_path)
     assert "--tradeoff learned" in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("episode", "collapsed", "restored"),
+    [(0, None, None), (1, 12, 8), (2, None, None), (3, None, None)],
+)
+def test_a_collapse_is_told_of_the_training_that_was_taken(
+    episode: int, collapsed: int | None, restored: int | None
+) -> None:
+    tried = [{"ended": "whole", "steps": 16}, {"ended": "collapsed", "steps": 12}, {"steps": 16}]
+    entry = Entry(episode, 8, Point(0.5, 0.9), 0.4)
+    assert collapse_of(entry, tried) == {"collapsed": collapsed, "restored": restored}

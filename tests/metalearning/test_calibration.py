@@ -78,17 +78,19 @@ class Planted:
 
     points: dict[int, tuple[float, float]]
     recipes: list[Recipe]
+    acted: list[int]
     steps, kind = 6, "representation"
 
     def __init__(self, _learning: Any, recipe: Recipe) -> None:
         self.recipe = recipe
 
-    @property
-    def policy(self) -> Any:
-        return SimpleNamespace(mean=lambda _state: None)
+    def actor(self, number: int) -> Any:
+        """The first episode's keeps to the usual values."""
+        return number
 
-    def play(self, _actor: Any, number: int) -> tuple[Episode, None]:
+    def play(self, actor: Any, number: int) -> tuple[Episode, None]:
         self.recipes.append(self.recipe)
+        self.acted.append(actor)
         point = Point(*self.points[int(self.recipe.layer)])
         points = {2: Point(0.01, 1.0), 4: point} if point.forget else {}
         reward = hypervolume(points.values(), self.recipe.retain_floor)
@@ -98,7 +100,7 @@ class Planted:
 @pytest.fixture
 def planted(monkeypatch: pytest.MonkeyPatch) -> type[Planted]:
     monkeypatch.setattr(calibration, "Episodes", Planted)
-    Planted.recipes = []
+    Planted.recipes, Planted.acted = [], []
     return Planted
 
 
@@ -173,6 +175,41 @@ def test_on_a_real_model(files: dict[str, Path]) -> None:
     other, again = bench.settled(bench.recipe.updated(seed=3))
     assert len(bench._calibrations) == 1
     assert (other.layer, other.seed, again) == (best["layer"], 3, facts)
+
+
+def test_what_other_code_found_is_found_anew(
+    files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an interrupted run left is loaded, unless texts would now be read in another order."""
+    own = recipe(files)
+    _, facts = Workbench(own).settled(own, tmp_path)
+    path = tmp_path / calibration.CALIBRATION_NAME
+    path.write_text(
+        path.read_text().replace(f'"layer": {facts["calibration"]["layer"]}', '"layer": 1', 1)
+    )
+    assert Workbench(own).settled(own, tmp_path)[0].layer == 1
+    monkeypatch.setitem(workbench.CODE, "order", "another")
+    assert Workbench(own).settled(own, tmp_path)[0].layer == facts["calibration"]["layer"]
+
+
+def test_weights_rest_on_the_order_of_texts(
+    files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Workbench(recipe(files, layer=3))
+    before = bench.context(bench.recipe)
+    assert bench.context(bench.recipe) == before
+    monkeypatch.setitem(workbench.CODE, "order", "another")
+    assert bench.context(bench.recipe) != before
+
+
+def test_the_usual_values_are_tried_whatever_a_policy_learned(
+    planted: type[Planted], files: dict[str, Path]
+) -> None:
+    planted.points = dict.fromkeys((6, 10, 15, 21), (0.5, 0.9))
+    calibrate(
+        LEARNING, recipe(files, tradeoff="learned", policy_from=str(files["forget.txt"].parent))
+    )
+    assert planted.acted == [0] * 4 and not any(one.policy_from for one in planted.recipes)
 
 
 def test_with_layers_to_train_deeper_ones_are_tried(files: dict[str, Path]) -> None:

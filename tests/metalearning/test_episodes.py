@@ -270,7 +270,7 @@ def test_the_log_comes_back_as_it_was(tmp_path: Path) -> None:
 
 def test_the_log_of_another_context_is_refused(tmp_path: Path) -> None:
     EpisodeLog(tmp_path / "log", "one", "likelihood").write([some(0)])
-    with pytest.raises(TrainingError, match="other data or another base") as caught:
+    with pytest.raises(TrainingError, match="other data, another base") as caught:
         EpisodeLog(tmp_path / "log", "other", "likelihood").read()
     assert "--fresh" in caught.value.fix and "episodes of one" in caught.value.got
 

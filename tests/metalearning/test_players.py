@@ -110,6 +110,28 @@ def test_processes_leave_what_one_leaves(
     assert left(tmp_path / "two") == left(tmp_path / "one")
 
 
+@pytest.mark.parametrize(("layer", "opened"), [(2, True), ("auto", False)])
+def test_a_process_begins_with_its_boundaries_where_the_layer_is_known(
+    files: dict[str, Path], monkeypatch: pytest.MonkeyPatch, layer: Any, opened: bool
+) -> None:
+    own = short(files, layer=layer)
+    bench = Workbench(own)
+    monkeypatch.setattr(players, "kept_bench", lambda _recipe: bench)
+    computed = []
+    real = BoundaryStore.compute
+    monkeypatch.setattr(
+        BoundaryStore,
+        "compute",
+        lambda *args, **given: (computed.append(1), real(*args, **given))[1],
+    )
+    players.open_bench(own)
+    assert bool(computed) is opened
+    before = len(computed)
+    if opened:
+        players.play(bench, own, Path(), 1, None)
+        assert len(computed) == before
+
+
 def test_a_run_goes_on_in_the_middle_of_a_round(
     files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

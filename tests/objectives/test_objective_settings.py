@@ -141,7 +141,7 @@ def test_a_setting_may_need_the_originals_of_forget_texts() -> None:
         assert other.given({}) == other
 
 
-@pytest.mark.parametrize("setting", ["no-such", "weight"])
+@pytest.mark.parametrize("setting", ["no-such", "weight", "_forget"])
 def test_what_asks_for_originals_is_a_setting_and_no_knob(setting: str) -> None:
     """What a trade-off may move while a run goes on cannot ask for more boundaries."""
     add = objective(
@@ -159,6 +159,24 @@ def test_what_asks_for_originals_is_a_setting_and_no_knob(setting: str) -> None:
     with pytest.raises(ValueError, match=setting):
         add(asking)
     assert "asking" not in OBJECTIVES
+
+
+def test_a_knob_is_a_setting() -> None:
+    add = objective(
+        "misspelt",
+        source="here",
+        deviations="none",
+        needs=Activations(),
+        retain_weight=1.0,
+        knobs=(Knob("retain_weight", 0.5, 2.0), Knob("margni", 0.1, 1.0)),
+    )
+
+    def misspelt(_forget: Captured, _retain: Captured, *, margin: float = 0.5) -> Loss:
+        raise AssertionError(margin)
+
+    with pytest.raises(ValueError, match=r"no settings: \['margni'\]"):
+        add(misspelt)
+    assert "misspelt" not in OBJECTIVES
 
 
 def test_log_probabilities_come_with_the_originals_and_no_layers() -> None:

@@ -219,7 +219,7 @@ def test_a_state_of_another_context_is_refused(benches: Any, tmp_path: Path) -> 
     with pytest.raises(KeyboardInterrupt):
         run("rmu", benches["rmu"], stage(tmp_path, "one"), interrupt_after(2))
     before = stage(tmp_path).state.read_bytes()  # type: ignore[union-attr]
-    with pytest.raises(TrainingError, match="other data or another base") as caught:
+    with pytest.raises(TrainingError, match="other data, another base") as caught:
         run("rmu", benches["rmu"], stage(tmp_path, "other"))
     assert "--fresh" in caught.value.fix
     assert stage(tmp_path).state.read_bytes() == before  # type: ignore[union-attr]

@@ -120,10 +120,21 @@ def test_multiples_of_nothing_do_not_move() -> None:
 def test_every_registered_knob_is_a_setting_that_can_move() -> None:
     for entry in OBJECTIVES:
         defaults = entry.part.__kwdefaults__ or {}
+        defaults = {"retain_weight": entry.extras["retain_weight"], **defaults}
         for knob in entry.extras["knobs"]:
             scale = Scale.of(knob, defaults[knob.name])
             assert scale.moves and math.isfinite(scale.start)
             assert scale.knob.scale == "linear" or scale.low > 0
+
+
+def test_an_objective_has_its_own_range_of_a_common_knob() -> None:
+    usual = {"lr": 0.1, "retain_weight": 1200.0, "coefficient": 6.5}
+    found = {
+        scale.knob.name: scale for scale in scales_of(OBJECTIVES.get("rmu").extras["knobs"], usual)
+    }
+    assert [*found] == ["lr", "retain_weight", "coefficient"]
+    assert (found["retain_weight"].low, found["retain_weight"].high) == (1.2, 12000)
+    assert (found["lr"].low, found["lr"].high) == pytest.approx((0.02, 0.5))
 
 
 # ---- when the actor is asked

@@ -11,7 +11,6 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from importlib import metadata
 from typing import Annotated, Any, NoReturn
 
 # Before any library that would look for a hub: only a model named by the user is fetched.
@@ -24,6 +23,7 @@ import typer
 from expunge import console
 from expunge.cli import compare, demo, evaluate, looking, models, reports, runs
 from expunge.errors import ExpungeError, ResourceError
+from expunge.version import VERSION
 
 INTERRUPTED = 130
 # In the order of `expunge --help`.
@@ -57,7 +57,7 @@ for name, command in COMMANDS.items():
 def print_version(asked: bool) -> None:
     """The version, and no more."""
     if asked:
-        typer.echo(f"expunge {metadata.version('expunge')}")
+        typer.echo(f"expunge {VERSION}")
         raise typer.Exit
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -224,6 +224,17 @@ def chosen_facts(entries: list[Entry]) -> dict[str, Any]:
     """What a patch and a record tell of the chosen entry; ``point`` counts from 1."""
     place = next(index for index, entry in enumerate(entries) if entry.chosen)
     return {"point": place + 1, **entries[place].to_dict()}
+
+
+def collapse_of(entry: Entry, tried: Sequence[Mapping[str, Any]]) -> dict[str, int | None]:
+    """What a record tells of a collapse of the training that an entry is from.
+
+    Args:
+        tried: of each episode and the last run, in this order, ``ended`` and ``steps``.
+    """
+    of = tried[entry.episode] if entry.episode < len(tried) else {}
+    lost = of.get("ended") == "collapsed"  # earlier records had none
+    return {"collapsed": of["steps"] if lost else None, "restored": entry.step if lost else None}
 
 
 def save_front(folder: Path, entries: list[Entry]) -> None:

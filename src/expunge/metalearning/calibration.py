@@ -112,7 +112,7 @@ def calibrate(learning: Learning, recipe: Recipe) -> Calibration:
     """
     n_layers = learning.checkpoint.n_layers
     layers = candidates(n_layers, recipe.trained_layers or ())
-    own = recipe.updated(seed=0, tradeoff="learned", layer=layers[0])
+    own = recipe.updated(seed=0, tradeoff="learned", policy_from=None, layer=layers[0])
     short = Episodes(learning, own).steps
     if own.episode_steps == "auto":
         short = max(own.steps // SHARE, short)
@@ -122,8 +122,7 @@ def calibrate(learning: Learning, recipe: Recipe) -> Calibration:
     with learning.progress.phase("layers", len(layers)) as advance:
         for layer in layers:
             episodes = Episodes(learning, own.updated(layer=layer))
-            usual = episodes.policy.mean
-            episode, _ = episodes.play(usual, number=0)
+            episode, _ = episodes.play(episodes.actor(0), number=0)
             worth = hypervolume(episode.points.values(), floor=0.0)
             tried.append(Tried(layer, episode.points, episode.reward, worth, episode.seconds))
             advance(1, f"layer {layer}: hypervolume {episode.reward:.3f}")

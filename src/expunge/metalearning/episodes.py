@@ -112,10 +112,10 @@ class EpisodeLog:
             ) from error
         if context != self.context:
             raise TrainingError(
-                what="The episodes in this folder started from other data or another base",
+                what="The episodes here started from other data, another base or versions",
                 got=f"episodes of {context[:12] or 'unknown origin'}",
                 allowed=f"episodes of {self.context[:12]}",
-                fix="put the files back as they were, or start again with --fresh",
+                fix="put files and versions back as they were, or start again with --fresh",
             )
         return episodes
 

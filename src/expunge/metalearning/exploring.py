@@ -21,6 +21,7 @@ from expunge.metalearning.archive import (
     FRONT_FOLDER,
     Archive,
     chosen,
+    collapse_of,
     losses_file,
     save_front,
 )
@@ -68,7 +69,7 @@ def explore(
 
     Raises:
         DataError: nothing to look at, or a base that answers no better than chance.
-        TrainingError: ``folder`` holds episodes from other data or another base.
+        TrainingError: ``folder`` holds episodes from other data, another base or other versions.
         DivergedError: nothing could be trained at all, or no state kept the rest.
     """
     archive = archive_of(learning, recipe, folder, recipe.front_size)
@@ -85,10 +86,7 @@ def explore(
     best, closer = best_of(episodes, archive)
     if episodes.searches:
         losses = folder / FRONT_FOLDER / best.losses_file
-        taken_from = episodes.played[best.episode]
         result = _of_trial(losses, stage, learning.micro_batch_size)
-        if taken_from.ended == "collapsed":
-            result = replace(result, collapsed=taken_from.steps, restored=best.step)
     entries = chosen(archive.entries, archive.entries.index(best))
     save_front(folder, entries)
     looks = sum(len(one.points) for one in played) + closer
@@ -97,7 +95,8 @@ def explore(
         spent = max(0.0, spent - sum(entry.seconds for entry in result.log))
     learning.timing["episodes"] = learning.timing.get("episodes", 0.0) + spent
     facts = facts_of(episodes, played, entries, 1 if players is None else players.count)
-    found = learning.patch(recipe, result, looks=looks, tradeoff=facts)
+    lost = collapse_of(best, facts["tried"])
+    found = learning.patch(recipe, result, looks=looks, tradeoff=facts, **lost)
     taken = Patch.load(archive.path(best))
     return replace(found, deltas=taken.deltas, base=taken.base), result
 
@@ -147,6 +146,12 @@ def _play_all(
         episodes.take(episode)
     before = sum(one.seconds for one in episodes.played)
     start = time.perf_counter()
+    least = episodes.policy_settings.warm_up + 1  # the yardstick teaches nothing
+    if not episodes.searches and 0 < episodes.count < least:
+        episodes.learning.progress.say(
+            f"note: {episodes.count} episodes teach nothing: the policy is first updated after "
+            f"{least}, so that the last run keeps to the usual settings"
+        )
     if episodes.count:
         with episodes.learning.progress.phase("episodes", episodes.count) as advance:
             advance(len(episodes.played), episodes.note())
@@ -176,12 +181,18 @@ def _play_round(episodes: Episodes, archive: Archive, players: Players | None) -
 
 def _play_last(episodes: Episodes, stage: Stage) -> tuple[Episode, TrainingResult]:
     """The run of full length, with what the episodes taught."""
-    recipe = episodes.recipe
-    with episodes.learning.progress.phase("train", recipe.steps) as advance:
-        return episodes.play(
+    recipe, progress = episodes.recipe, episodes.learning.progress
+    with progress.phase("train", recipe.steps) as advance:
+        last, result = episodes.play(
             episodes.policy.within(episodes.teaching),
             episodes.count,
             steps=recipe.steps,
             stage=stage,
             on_step=lambda: advance(1, episodes.note()),
         )
+    if last.ended != "whole":
+        progress.say(
+            f"the last run {last.ended} after {last.steps} of {recipe.steps} steps; what was seen "
+            "on validation before that counts"
+        )
+    return last, result

@@ -182,6 +182,12 @@ class Knob:
     relative: bool = False
 
 
+# Knobs that every objective has, in multiples of what a run without learning would use.
+COMMON_KNOBS = (
+    Knob("lr", 0.2, 5.0, relative=True),
+    Knob("retain_weight", 0.1, 10.0, relative=True),
+)
+
 Objective = Callable[..., Loss]
 OBJECTIVES: Registry[Objective] = Registry("objective")
 
@@ -206,11 +212,12 @@ def objective(
         retain_weight: default weight of the retain term (the forget term's is 1).
         target: default kind of target direction, for objectives that have one.
         knobs: settings of the objective that a learned trade-off may move, besides the learning
-            rate and the retain weight.
+            rate and the retain weight (`COMMON_KNOBS`); one of these names takes the place of the
+            common one.
 
     Raises:
-        ValueError: ``reference_settings`` of the needs names no setting, or a knob: what is stored
-            is decided before a run begins.
+        ValueError: a knob that is no setting; or ``reference_settings`` of the needs names no
+            setting, or a knob: what is stored is decided before a run begins.
     """
     register = OBJECTIVES.register(
         name,
@@ -223,11 +230,15 @@ def objective(
     )
 
     def add(part: Objective) -> Objective:
+        given = inspect.signature(part).parameters.values()
+        settings = {one.name for one in given if one.kind is one.KEYWORD_ONLY}
+        moved = {knob.name for knob in knobs}
         asking = set(needs.reference_settings) if isinstance(needs, Activations) else set()
-        fixed = set(inspect.signature(part).parameters) - {knob.name for knob in knobs}
-        if not asking <= fixed:
+        if unknown := moved - settings - {knob.name for knob in COMMON_KNOBS}:
+            raise ValueError(f"knobs of {name!r}: no settings: {sorted(unknown)}")
+        if refused := asking - (settings - moved):
             raise ValueError(
-                f"reference_settings of {name!r}: no settings, or knobs: {sorted(asking - fixed)}"
+                f"reference_settings of {name!r}: no settings, or knobs: {sorted(refused)}"
             )
         return register(part)
 

@@ -17,6 +17,9 @@ from expunge.objectives.base import Activations, Captured, Knob, Loss, mean_over
 from expunge.objectives.retain import angle, cosine, squared_error
 
 _ADAPTIVE_SCALES = ("per-sample", "first-batch")
+# Squared errors are in units of the activations, so the published weight means something else in
+# another model: on the miniature a 200th of it is right (LOG.md).
+_RETAIN_KNOB = Knob("retain_weight", 0.001, 10.0, relative=True)
 
 
 @objective(
@@ -28,7 +31,7 @@ _ADAPTIVE_SCALES = ("per-sample", "first-batch")
     needs=Activations(),
     retain_weight=1200.0,
     # Published coefficients span a factor of 70 between models.
-    knobs=(Knob("coefficient", 0.2, 20.0, relative=True),),
+    knobs=(Knob("coefficient", 0.2, 20.0, relative=True), _RETAIN_KNOB),
 )
 def rmu(forget: Captured, retain: Captured, *, coefficient: float = 6.5) -> Loss:
     """Representation misdirection: mean (h − c·u)², and mean (h − h0)² on retain texts.
@@ -53,7 +56,7 @@ def rmu(forget: Captured, retain: Captured, *, coefficient: float = 6.5) -> Loss
     "repository's way) the mean norm over the first forget batch",
     needs=Activations(forget_reference=True),
     retain_weight=1200.0,
-    knobs=(Knob("beta", 1.0, 20.0),),
+    knobs=(Knob("beta", 1.0, 20.0), _RETAIN_KNOB),
 )
 def adaptive_rmu(
     forget: Captured, retain: Captured, *, beta: float = 5.0, scale: str = "per-sample"

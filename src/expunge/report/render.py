@@ -6,7 +6,6 @@ import base64
 import re
 from functools import cache
 from hashlib import sha256
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from expunge.report import palette, plot, shown
 from expunge.report.answers import answers
 from expunge.report.flips import LISTED
 from expunge.report.page import Page
+from expunge.version import VERSION
 
 # By this a page is known as one that may be replaced.
 GENERATOR = "expunge report"
@@ -32,7 +32,7 @@ def html(page: Page) -> str:
     style = made.get_template("style.css").render()
     digest = base64.b64encode(sha256(style.encode()).digest()).decode()
     return made.get_template("page.html").render(
-        page=page, style=made_safe(style), style_hash=digest, version=version("expunge")
+        page=page, style=made_safe(style), style_hash=digest, version=VERSION
     )
 
 

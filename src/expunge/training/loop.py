@@ -370,10 +370,10 @@ class Trainer:
         state = TrainingState.load(stage.state)
         if state.context != stage.context:
             raise TrainingError(
-                what="The unfinished run in this folder started from other data or another base",
+                what="The unfinished run started from other data, another base or versions",
                 got=f"a state of {state.context[:12] or 'unknown origin'}",
                 allowed=f"a state of {stage.context[:12]}",
-                fix="put the files back as they were, or start again with --fresh",
+                fix="put files and versions back as they were, or start again with --fresh",
             )
         for name, parameter in optimiser.weights.items():
             parameter.copy_(state.weights[name])

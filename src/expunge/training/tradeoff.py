@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from expunge.objectives.base import Knob
+from expunge.objectives.base import COMMON_KNOBS, Knob
 from expunge.training.watch import Point
 
 TradeoffKind = Literal["fixed", "schedule", "learned", "search"]
@@ -26,11 +26,6 @@ EXPLORING: tuple[TradeoffKind, ...] = ("learned", "search")
 START = Point(0.0, 1.0)
 # Of a run, unless its recipe says how many steps each has.
 ACTIONS = 16
-# Knobs that every objective has, as multiples of what a run without learning would use.
-COMMON_KNOBS = (
-    Knob("lr", 0.2, 5.0, relative=True),
-    Knob("retain_weight", 0.1, 10.0, relative=True),
-)
 
 
 @dataclass(frozen=True)
@@ -156,10 +151,13 @@ class Scale:
 def scales_of(knobs: Sequence[Knob], usual: Mapping[str, float]) -> tuple[Scale, ...]:
     """The scales of the common and an objective's own knobs, those that cannot move left out.
 
+    An objective's own knob takes the place of a common one of its name.
+
     Args:
         usual: what a run without learning uses, by the knob's name.
     """
-    found = [Scale.of(knob, usual[knob.name]) for knob in (*COMMON_KNOBS, *knobs)]
+    named = {knob.name: knob for knob in (*COMMON_KNOBS, *knobs)}
+    found = [Scale.of(knob, usual[name]) for name, knob in named.items()]
     return tuple(scale for scale in found if scale.moves)
 
 
