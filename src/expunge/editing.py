@@ -71,7 +71,7 @@ def search_edit(learning: Learning, recipe: Recipe) -> Patch | Intervention:
                 continue
             with made.applied(model):
                 point = look()
-            worth = point.worth(recipe.retain_floor, recipe.lost_at)
+            worth = point.worth(recipe.retain_floor)
             tried.append({"settings": chosen, **point._asdict(), "worth": worth})
             rank = (worth, point.worth(0.0))
             if best is None or rank > best[0]:

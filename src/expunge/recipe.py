@@ -274,11 +274,6 @@ class Recipe(BaseModel):
         )
 
     @property
-    def lost_at(self) -> float:
-        """Share of the rest that counts 0 in what a point is worth."""
-        return min(self.collapse_floor, self.retain_floor)
-
-    @property
     def texts_needed(self) -> int:
         """Texts of a topic, and of retain, that a run reads at most; the prefix runs over them.
 

@@ -78,11 +78,10 @@ def print_front(console: Console, front: Sequence[Point], record: RunRecord) -> 
     """The points that a learned trade-off kept, by forgetting; the run's own is marked."""
     facts = record.training["tradeoff"]
     floor = facts["looked_at"]["floor"]
-    lost_at = facts["looked_at"].get("lost_at", floor)  # earlier runs had none
     table = Table(
         title=f"front on validation: hypervolume {facts['hypervolume']:.3f} above retain {floor:g}",
-        caption=f"looks: {facts['reward']}; worth: forget times retain, which counts 0 at "
-        f"{lost_at:g}; nothing at {floor:g} or below",
+        caption=f"looks: {facts['reward']}; worth: forget times retain, or nothing where retain "
+        f"is {floor:g} or less",
     )
     for column in ("point", "forget", "retain", "worth", "step", "scale"):
         table.add_column(column, justify="right")

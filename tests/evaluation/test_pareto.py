@@ -71,8 +71,8 @@ def test_hypervolume_is_a_share(points: list[Point], floor: float) -> None:
 
 
 @given(point=st.builds(Point, AXIS, AXIS), floor=FLOORS)
-def test_of_one_point_it_is_its_worth(point: Point, floor: float) -> None:
-    assert hypervolume([point], floor) == pytest.approx(point.worth(floor))
+def test_of_one_point_it_is_its_area(point: Point, floor: float) -> None:
+    assert hypervolume([point], floor) == pytest.approx(point.area(floor))
 
 
 @given(points=SETS, more=st.builds(Point, AXIS, AXIS), floor=FLOORS)

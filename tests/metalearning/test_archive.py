@@ -123,10 +123,10 @@ def test_what_is_kept_follows_from_the_points_alone(
 @pytest.mark.parametrize(
     ("usual", "other", "taken"),
     [
-        ((0.6, 0.9), (0.7, 0.82), 1),  # .48 against .448: not to be told apart
-        ((0.6, 0.9), (0.7, 0.79), 0),  # .48 against .406
-        ((0.6, 0.8), (0.5, 0.95), 1),  # .36 against .45: worth more anyway
-        ((0.1, 0.9), (0.9, 0.4), 0),  # .08 against nothing
+        ((0.6, 0.9), (0.62, 0.82), 1),  # .54 against .508: not to be told apart
+        ((0.6, 0.9), (0.6, 0.8), 0),  # .54 against .48
+        ((0.6, 0.8), (0.5, 0.99), 1),  # .48 against .495: worth more anyway
+        ((0.1, 0.9), (0.9, 0.4), 0),  # .09 against nothing
     ],
 )
 def test_the_fallback_is_taken_only_if_clearly_better(
@@ -185,9 +185,9 @@ def test_what_is_kept_is_on_its_own_episode_s_front(
 
 
 def test_best_is_worth_most_and_of_equals_forgets_most(tmp_path: Path) -> None:
-    assert filled(tmp_path, [(0.2, 1.0), (0.6, 0.8), (0.9, 0.55)]).best.episode == 1
-    # 0.25·1 = 0.5·0.5, and both are exact.
-    assert filled(tmp_path, [(0.25, 1.0), (0.5, 0.75)]).best.point == Point(0.5, 0.75)
+    assert filled(tmp_path, [(0.2, 1.0), (0.6, 0.8), (0.85, 0.55)]).best.episode == 1
+    # 0.375·1 = 0.5·0.75, and both are exact.
+    assert filled(tmp_path, [(0.375, 1.0), (0.5, 0.75)]).best.point == Point(0.5, 0.75)
 
 
 def test_prune_removes_what_an_interrupted_episode_left(tmp_path: Path) -> None:

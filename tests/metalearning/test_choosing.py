@@ -68,7 +68,7 @@ def test_of_a_point_worth_nothing_smaller_scales_alone_are_tried(kept: float, sc
     def seen(at: float) -> Entry:
         asked.append(at)
         point = Point(0.8 * at, 1 - (1 - kept) * at**3)
-        return Entry(0, 8, point, point.worth(0.9, 0.5), scale=at)
+        return Entry(0, 8, point, point.worth(0.9), scale=at)
 
     start = seen(1.0)
     found, looks = rescaled(start, seen)

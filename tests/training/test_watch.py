@@ -80,7 +80,7 @@ def same(one: Weights | None, other: Weights) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("point", "floor", "worth"),
+    ("point", "floor", "area"),
     [
         ((0.0, 1.0), 0.9, 0.0),
         ((0.5, 0.95), 0.9, 0.25),
@@ -91,27 +91,27 @@ def same(one: Weights | None, other: Weights) -> bool:
         ((0.4, 0.75), 0.0, 0.3),
     ],
 )
-def test_worth_is_the_area_above_the_floor(
-    point: tuple[float, float], floor: float, worth: float
+def test_area_above_the_floor_by_hand(
+    point: tuple[float, float], floor: float, area: float
 ) -> None:
-    assert Point(*point).worth(floor) == pytest.approx(worth)
+    assert Point(*point).area(floor) == pytest.approx(area)
 
 
 @pytest.mark.parametrize(
-    ("point", "floor", "lost", "worth"),
+    ("point", "floor", "worth"),
     [
-        ((0.8, 0.95), 0.9, 0.5, 0.8 * 0.9),  # what is kept is weighed from further down
-        ((0.8, 0.95), 0.9, 0.0, 0.8 * 0.95),
-        ((0.8, 0.95), 0.9, 0.9, 0.8 * 0.5),
-        ((0.8, 0.9), 0.9, 0.5, 0.0),  # but the floor stays
-        ((0.8, 0.6), 0.9, 0.5, 0.0),
-        ((-0.1, 1.0), 0.9, 0.5, 0.0),
+        ((0.8, 0.95), 0.9, 0.8 * 0.95),
+        ((0.8, 0.9), 0.9, 0.0),
+        ((0.8, 0.6), 0.9, 0.0),
+        ((0.8, 0.6), 0.5, 0.8 * 0.6),
+        ((-0.1, 1.0), 0.9, 0.0),
+        ((0.8, 0.0), 0.0, 0.0),
     ],
 )
-def test_worth_above_what_counts_as_lost(
-    point: tuple[float, float], floor: float, lost: float, worth: float
+def test_worth_is_forget_times_retain_above_the_floor(
+    point: tuple[float, float], floor: float, worth: float
 ) -> None:
-    assert Point(*point).worth(floor, lost) == pytest.approx(worth)
+    assert Point(*point).worth(floor) == pytest.approx(worth)
 
 
 # ---- when it looks, and what it keeps
@@ -226,7 +226,7 @@ def timeless(log: Any) -> list[dict[str, Any]]:
 
 
 # name -> unit in which the weights move, steps at which they collapsed, step of the best state
-ENDS = {"through": (100.0, None, None), "collapse": (3.5, 6, 2)}
+ENDS = {"through": (100.0, None, None), "collapse": (3.5, 6, 4)}
 
 
 @pytest.mark.parametrize("name", ENDS)

@@ -218,7 +218,7 @@ def _cell(place: Place, record: RunRecord, shares: Shares, used: Mapping[str, in
         "measured",
         forget,
         retain,
-        hypervolume=Point(forget, retain).worth(floor),
+        hypervolume=Point(forget, retain).area(floor),
         by_example=_by_example(forgotten, worst, forget, retain),
         **common,
     )

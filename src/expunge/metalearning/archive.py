@@ -116,7 +116,6 @@ class Archive:
         folder: of the run.
         floor: retain at and below which a point is worth nothing, and adds no hypervolume.
         make_patch: (weights, facts) -> patch.
-        lost_at: retain that counts 0 in what a point is worth; None: ``floor``.
         fallback: the episode of which one point is kept apart from the front, and taken only if it
             is worth `CLEARLY` more than what is there.
         entries: by forgetting, ascending.
@@ -126,7 +125,6 @@ class Archive:
     size: int
     floor: float
     make_patch: Callable[[Mapping[str, Tensor], dict[str, Any]], Patch]
-    lost_at: float | None = None
     fallback: int | None = None
     entries: list[Entry] = field(default_factory=list)
     _told: list[Entry] = field(default_factory=list)
@@ -148,7 +146,7 @@ class Archive:
 
     def worth(self, point: Point) -> float:
         """What a point is worth alone, by which the best is found."""
-        return point.worth(self.floor, self.lost_at)
+        return point.worth(self.floor)
 
     def path(self, entry: Entry) -> Path:
         """Where an entry's patch lies."""
@@ -212,7 +210,7 @@ def _episode(path: Path) -> int:
 
 
 def _best(entries: list[Entry]) -> Entry:
-    return max(entries, key=lambda entry: (entry.worth, entry.point.worth(0.0)))
+    return max(entries, key=lambda one: (one.worth, one.point.worth(0.0), one.point.forget))
 
 
 def chosen(entries: list[Entry], place: int) -> list[Entry]:

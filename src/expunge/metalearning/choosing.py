@@ -143,11 +143,7 @@ def facts_of(
         "action_steps": episodes.action_steps,
         "inner_steps": sum(one.steps for one in played),
         "reward": episodes.kind,
-        "looked_at": {
-            "base": episodes.base,
-            "floor": recipe.retain_floor,
-            "lost_at": recipe.lost_at,
-        },
+        "looked_at": {"base": episodes.base, "floor": recipe.retain_floor},
         "knobs": {scale.knob.name: scale.to_dict() for scale in episodes.scales},
         **policy,
         "hypervolume": hypervolume([entry.point for entry in entries], recipe.retain_floor),

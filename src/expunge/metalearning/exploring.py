@@ -112,9 +112,9 @@ def _of_trial(losses: Path, stage: Stage, micro_batch_size: int) -> TrainingResu
 def archive_of(learning: Learning, recipe: Recipe, folder: Path, size: int) -> Archive:
     """An archive of patches of this recipe's; the first episode of learning is to fall back on.
 
-    The narrow range above ``retain_floor`` keeps the policy where the rest is kept. Between points
-    in it, what is kept is weighed down to where a run counts as lost: a hundredth of the rest
-    against two of the function by default, not against ten.
+    The policy's reward is area above ``retain_floor``, a narrow range, which keeps it where the
+    rest is kept. Between points there, a hundredth of the rest counts about as much as one of the
+    function (`Point.worth`), not as much as ten.
     """
 
     def make_patch(weights: Mapping[str, Tensor], facts: dict[str, Any]) -> Patch:
@@ -122,7 +122,7 @@ def archive_of(learning: Learning, recipe: Recipe, folder: Path, size: int) -> A
 
     learns = recipe.tradeoff == "learned" and not recipe.policy_from
     fallback = 0 if learns else None
-    return Archive(folder, size, recipe.retain_floor, make_patch, recipe.lost_at, fallback)
+    return Archive(folder, size, recipe.retain_floor, make_patch, fallback)
 
 
 def play_one(episodes: Episodes, number: int) -> Episode:

@@ -24,17 +24,13 @@ class Point(NamedTuple):
     forget: float
     retain: float
 
-    def worth(self, floor: float, lost: float | None = None) -> float:
-        """What this point is worth alone, in [0, 1]; nothing where retain is ``floor`` or less.
+    def worth(self, floor: float) -> float:
+        """Forget times retain, in [0, 1]; nothing where retain is ``floor`` or less."""
+        return max(0.0, self.forget) * self.retain if self.retain > floor else 0.0
 
-        Args:
-            lost: retain that counts 0 in it, at most ``floor``; None: ``floor``, which makes it the
-                point's hypervolume: the area between it and (0, ``floor``).
-        """
-        if self.retain <= floor:
-            return 0.0
-        lost = floor if lost is None else lost
-        return max(0.0, self.forget) * (self.retain - lost) / (1 - lost)
+    def area(self, floor: float) -> float:
+        """Hypervolume of this point alone: between it and (0, ``floor``), as a share of all."""
+        return max(0.0, self.forget) * max(0.0, self.retain - floor) / (1 - floor)
 
 
 @dataclass
