@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,19 @@ from typing import Any
 import pytest
 from test_episodes import recipe
 
+from expunge import miniature
+from expunge.metalearning.archive import load_front
+from expunge.metalearning.calibration import CALIBRATION_NAME
+from expunge.metalearning.episodes import EPISODES_NAME
 from expunge.metalearning.exploring import explore
 from expunge.metalearning.playing import Episodes
 from expunge.model.patch import Patch
 from expunge.progress import Silent
 from expunge.recipe import Recipe
+from expunge.run import run
 from expunge.training.loop import Stage
 from expunge.training.policy import PolicySettings
+from expunge.training.state import TrainingState
 from expunge.workbench import Workbench
 
 
@@ -66,3 +73,69 @@ def test_too_few_episodes_to_learn_from_are_told(
     usual = Workbench(own)
     before = Episodes(usual.learning, own).policy.to_dict()["weights"]
     assert ("teach nothing" in said) == (beyond == 0) == (learned == before)
+
+
+# ---- by default: calibrated, looked at by likelihood of questions
+
+
+def default(files: dict[str, Path], folder: Path) -> Recipe:
+    """What `expunge run --tradeoff learned` does with questions, of a few of each."""
+    given = {"model": str(miniature.base_directory()), "tradeoff": "learned", "episodes": 8}
+    for name in ("questions.jsonl", "retain_questions.jsonl", "forget.txt", "retain.txt"):
+        lines = files[name].read_text(encoding="utf-8").splitlines(keepends=True)
+        path = folder / name
+        path.write_text("".join(lines[:40]), encoding="utf-8")
+        given[path.stem] = str(path)
+    small = {"steps": 8, "batch_size": 4, "look_items": 4, "max_tokens": 64, "save_every": 2}
+    return Recipe.build({**given, **small, "evaluate": False, "retain_floor": 0.5})
+
+
+def left(folder: Path) -> tuple[Any, ...]:
+    """What a run leaves, but for the time that it took."""
+    lines = (folder / EPISODES_NAME).read_text(encoding="utf-8").splitlines()
+    episodes = [{**json.loads(line), "seconds": 0} for line in lines]
+    deltas = Patch.load(folder / "patch.safetensors").deltas
+    return episodes, load_front(folder), {name: one.tolist() for name, one in deltas.items()}
+
+
+def test_one_that_is_interrupted_anywhere_goes_on_by_default_too(
+    files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between layers, between episodes that a learned policy plays, and in the last run."""
+    own = default(files, tmp_path)
+    run(own, tmp_path / "whole")
+    played, stepped = Episodes.play, TrainingState.save
+
+    def interrupted(*, episodes: int | None = None, saves: int | None = None) -> None:
+        """Until so many episodes were begun, or states saved."""
+        count = {"episodes": 0, "saves": 0}
+
+        def tick(what: str, most: int | None) -> None:
+            if count[what] == most:
+                raise KeyboardInterrupt
+            count[what] += 1
+
+        def play(*args: Any, **more: Any) -> Any:
+            tick("episodes", episodes)
+            return played(*args, **more)
+
+        def save(*args: Any) -> None:
+            tick("saves", saves)
+            stepped(*args)
+
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(Episodes, "play", play)
+            patched.setattr(TrainingState, "save", save)
+            run(own, tmp_path / "parts")
+
+    interrupted(episodes=2)
+    assert not (tmp_path / "parts" / CALIBRATION_NAME).exists()
+    interrupted(episodes=3 + 7)
+    assert (tmp_path / "parts" / CALIBRATION_NAME).exists()
+    interrupted(saves=2)
+    again = run(own, tmp_path / "parts")
+    assert again.training["calibration"] == json.loads(
+        json.dumps(Workbench(own).settled(own, tmp_path / "parts")[1]["calibration"])
+    )
+    assert left(tmp_path / "parts") == left(tmp_path / "whole")
+    assert len(left(tmp_path / "whole")[0]) == 1 + 8 + 1
