@@ -20,7 +20,8 @@ import torch
 
 from expunge.defaults import resolve_device, resolve_dtype, resolve_layers
 from expunge.errors import RecipeError
-from expunge.metalearning.choosing import CLOSER, SCALE_LOOKS
+from expunge.evaluation.looks import LOOK_KINDS
+from expunge.metalearning.choosing import CLOSER, CLOSER_TEXTS, SCALE_LOOKS
 from expunge.metalearning.looking import texts_beside
 from expunge.model.checkpoint import Checkpoint
 from expunge.presets import PRESETS
@@ -51,21 +52,26 @@ class LearnedPlan:
 
     The first episode is as long as the run.
 
-    Boundaries are computed once and shared. The reward needs answers, so the whole model is held.
+    Boundaries are computed once and shared. A reward by what the model says needs it whole.
 
     Attributes:
+        reward: what looks measure: ``likelihood``, which is counted as ``accuracy`` would be, or
+            ``representation``.
         episodes, episode_steps: how many, and optimiser steps of each but the first.
         looks: times that validation is looked at for the policy, one after each action, in all.
-        look_items: questions of each side in such a look; there are a quarter as many texts.
+        look_items: questions of each side in such a look; there are a quarter as many texts. By
+            representation, texts of each side.
         closer_looks: looks at the front's points and at what is made of them, at the end.
         flops_train, flops_looks, flops_closer: floating-point operations of all steps, of all looks
-            and of all closer ones: forward only, from the lowest trained layer to the head, and the
-            base's, which is looked at first and whole. A question with its choices is taken to have
-            QUESTION_TOKENS; validation, to have as many items as closer looks read at most.
-        memory_weights: bytes of all weights, with gradients and optimiser of the trained ones.
+            and of all closer ones: forward only, from the lowest trained layer to the head, or the
+            layer read, and the base's, which is looked at first and whole. A question with its
+            choices is taken to have QUESTION_TOKENS; validation, to have as many items as closer
+            looks read at most.
+        memory_weights: bytes of the weights opened, with gradients and optimiser of the trained.
         seconds: estimated time of computing prefix, steps and looks.
     """
 
+    reward: str
     episodes: int
     episode_steps: int
     looks: int
@@ -135,6 +141,7 @@ def plan(
     episodes: int | None = None,
     episode_steps: int | None = None,
     look_items: int | None = None,
+    reward: str = "likelihood",
 ) -> Plan:
     """Count a run's cost, and that of a run with a learned trade-off.
 
@@ -150,11 +157,19 @@ def plan(
         episode_steps: optimiser steps of one; None: the default's.
         look_items: questions of each side in a look. Actions are as far apart as a recipe has them
             by default.
+        reward: what looks measure: ``likelihood``, ``accuracy`` or ``representation``.
 
     Raises:
         ModelError: the directory is no causal LM in safetensors.
-        RecipeError: the layer, the dtype or the device does not exist.
+        RecipeError: the layer, the dtype, the device or the reward does not exist.
     """
+    if reward not in LOOK_KINDS:
+        raise RecipeError(
+            what="Unknown reward",
+            got=repr(reward),
+            allowed=", ".join(LOOK_KINDS),
+            fix="likelihood is a run's default",
+        )
     brought = PRESETS[model].settings if model in PRESETS else {}
 
     def chosen(given: Any, name: str) -> Any:
@@ -184,6 +199,7 @@ def plan(
     flops_step = (4.0 * segment + 2.0 * len(trained) * projection) * step_tokens
     # Gradient in the model's type, two moments and, for a narrow type, a master in float32.
     optimiser = len(trained) * projection * (width + 8 + (4 if width < 4 else 0))
+    opened = sum(layers[: layer + 1]) + shapes.embeddings
     speed = _speed(device, dtype)
 
     def seconds(*flops: float) -> float:
@@ -198,18 +214,23 @@ def plan(
         # The first episode is as long as the run.
         taught = episodes - 1
         looks = taught * math.ceil(episode_steps / action) + 2 * math.ceil(steps / action)
-        look = sum(layers[trained[0] :]) + shapes.head
+        by_angles = reward == "representation"
+        look = segment if by_angles else sum(layers[trained[0] :]) + shapes.head
+        before = below if by_angles else sum(layers[: trained[0]])
         closer_looks = chosen(None, "front_size") + 1 + SCALE_LOOKS
 
         def flops_of(times: int, items: int) -> float:
-            read = QUESTION_PARTS * items * QUESTION_TOKENS + texts_beside(items, items) * tokens
+            asked = QUESTION_PARTS * items * QUESTION_TOKENS
+            read = 2 * items * tokens if by_angles else asked + texts_beside(items, items) * tokens
             # The base's look runs all layers; what it kept lets the others begin at the lowest.
-            return 2.0 * (sum(layers[: trained[0]]) + look * (times + 1)) * read
+            return 2.0 * (before + look * (times + 1)) * read
 
         flops_looks = flops_of(looks, look_items)
-        flops_closer = flops_of(closer_looks, max(CLOSER, look_items))
+        most = CLOSER_TEXTS if by_angles else CLOSER
+        flops_closer = flops_of(closer_looks, max(most, look_items))
         flops_all = flops_step * (taught * episode_steps + 2 * steps)
         learned = LearnedPlan(
+            reward=reward,
             episodes=episodes,
             episode_steps=episode_steps,
             looks=looks,
@@ -218,7 +239,7 @@ def plan(
             flops_train=flops_all,
             flops_looks=flops_looks,
             flops_closer=flops_closer,
-            memory_weights=shapes.elements * width + optimiser,
+            memory_weights=(opened if by_angles else shapes.elements) * width + optimiser,
             seconds=seconds(flops_prefix, flops_all, flops_looks, flops_closer),
         )
     return Plan(
@@ -230,7 +251,7 @@ def plan(
         bytes_total=sum(stored for _, stored in shapes.tensors.values()),
         flops_prefix=flops_prefix,
         flops_train=flops_step * steps,
-        memory_weights=(sum(layers[: layer + 1]) + shapes.embeddings) * width + optimiser,
+        memory_weights=opened * width + optimiser,
         memory_boundaries=side * (2 * inner + 3 * hidden) * width,
         memory_step=step_tokens * len(trained) * (6 * hidden + 4 * inner) * width,
         dtype=dtype,

@@ -201,10 +201,15 @@ def print_plan(console: Console, plan: Plan) -> None:
             table.add_row(name, value)
     else:
         run = f"{learned.episodes - 1} x {learned.episode_steps} + 2 runs"
-        looks = f"{learned.looks} x 2 x {learned.look_items} questions"
-        more = {
+        by_angles = learned.reward == "representation"
+        what = "texts" if by_angles else "questions"
+        looks = f"{learned.looks} x 2 x {learned.look_items} {what}"
+        whole = {
             "layers read": f"{plan.layers_total} of {plan.layers_total}",
             "weights read": f"{_gib(plan.bytes_total)} GiB",
+        }
+        more = {
+            **({} if by_angles else whole),
             "work, steps": f"{learned.flops_train:.2e}: {run}",
             "work, looks": f"{learned.flops_looks:.2e}: {looks}",
             "work, end": f"{learned.flops_closer:.2e}: {learned.closer_looks} closer looks",

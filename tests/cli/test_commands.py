@@ -497,12 +497,26 @@ def test_plan_of_a_preset_without_its_files(cli):
     assert plan["learned"]["flops_looks"] == 2 * looks * (2 * 32 * 128 + 8 * 512)
     closer = (27 * layer + head) * (1 + 18) + 5 * layer
     assert plan["learned"]["flops_closer"] == 2 * closer * (2 * 256 * 128 + 64 * 512)
+    # By angles: no layer above the one read, texts of either side, as many at the end as 128.
+    angles = cli(
+        *("plan", "--model", "llama-3.1-8b", "--device", "h100", "--json"),
+        *("--reward", "representation"),
+    ).json["learned"]
+    segment, below = projection + 2 * layer, 6 * layer - projection
+    assert angles["flops_looks"] == 2 * (below + segment * (1 + 29 * 2 + 2 * 15)) * 2 * 32 * 512
+    assert angles["flops_closer"] == 2 * (below + segment * (1 + 18)) * 2 * 128 * 512
+    assert angles["memory_weights"] == plan["memory_weights"]
     deeper = cli(
         *("plan", "--model", "llama-3.1-8b", "--device", "h100", "--json"),
         *("--layer", 11, "--steps", 10, "--dtype", "float32"),
     ).json
     assert (deeper["layer"], deeper["trained_layers"]) == (11, [9, 10, 11])
     assert (deeper["matmul_flops"], deeper["learned"]["episode_steps"]) == (67e12, 2)
+
+
+def test_a_reward_that_there_is_not_cannot_be_planned(cli, world):
+    result = cli("plan", "--model", world.model, "--reward", "bleu")
+    assert result.code == 2 and "likelihood, representation" in " ".join(result.err.split())
 
 
 def test_plan_table_and_depth(cli, world):
@@ -512,6 +526,8 @@ def test_plan_table_and_depth(cli, world):
     assert "1, 2, 3" in result.out
     assert "learned trade-off" in result.out and "measured here on cpu" in result.out
     assert "88 x 2 x 32 questions" in result.out and "18 closer looks" in result.out
+    angles = cli("plan", "--model", world.model, "--tokens", 8, "--reward", "representation")
+    assert "88 x 2 x 32 texts" in angles.out and "4 of 4" in angles.out
     alone = cli("plan", "--model", "qwen2.5-7b", "--device", "rtx4090", "--episodes", 0)
     assert "7 of 28" in alone.out and "learned" not in alone.out
     assert "published for rtx4090: a rough guess" in " ".join(alone.out.split())

@@ -78,6 +78,12 @@ def plan(
             help="Questions of each side of a look after an action; default: a recipe's.",
         ),
     ] = None,
+    reward: Annotated[
+        str,
+        typer.Option(
+            metavar="KIND", help="What looks measure: likelihood, accuracy or representation."
+        ),
+    ] = "likelihood",
     as_json: Json = False,
 ) -> None:
     """Tell what a run would read, compute and take, without loading the weights.
@@ -98,6 +104,7 @@ def plan(
         episodes=episodes,
         episode_steps=episode_steps,
         look_items=look_items,
+        reward=reward,
     )
     if as_json:
         console.print_json(made.to_dict())
