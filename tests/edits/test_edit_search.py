@@ -13,23 +13,13 @@ import pytest
 from expunge import editing
 from expunge.editing import search_edit
 from expunge.errors import DataError
-from expunge.progress import Silent
 from expunge.recipe import Recipe
 from expunge.training.watch import Point
+from said import Said
 
 # rank -> first_layer -> (forget, retain)
 Seen = Mapping[tuple[int, int], tuple[float, float]]
 RANKS, LAYERS = (1, 2, 4), (-1, 0)
-
-
-class Said(Silent):
-    """Keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def say(self, message: str) -> None:
-        self.notes.append(message)
 
 
 class Planted:

@@ -9,31 +9,20 @@ from typing import Any
 
 import pytest
 from test_episodes import recipe
+from test_players import left
 
 from expunge import miniature
-from expunge.metalearning.archive import load_front
 from expunge.metalearning.calibration import CALIBRATION_NAME
-from expunge.metalearning.episodes import EPISODES_NAME
 from expunge.metalearning.exploring import explore
 from expunge.metalearning.playing import Episodes
 from expunge.model.patch import Patch
-from expunge.progress import Silent
 from expunge.recipe import Recipe
 from expunge.run import run
 from expunge.training.loop import Stage
 from expunge.training.policy import PolicySettings
 from expunge.training.state import TrainingState
 from expunge.workbench import Workbench
-
-
-class Said(Silent):
-    """Keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def say(self, message: str) -> None:
-        self.notes.append(message)
+from said import Said
 
 
 def explored(own: Recipe, folder: Path) -> tuple[Patch, str]:
@@ -88,14 +77,6 @@ def default(files: dict[str, Path], folder: Path) -> Recipe:
         given[path.stem] = str(path)
     small = {"steps": 8, "batch_size": 4, "look_items": 4, "max_tokens": 64, "save_every": 2}
     return Recipe.build({**given, **small, "evaluate": False, "retain_floor": 0.5})
-
-
-def left(folder: Path) -> tuple[Any, ...]:
-    """What a run leaves, but for the time that it took."""
-    lines = (folder / EPISODES_NAME).read_text(encoding="utf-8").splitlines()
-    episodes = [{**json.loads(line), "seconds": 0} for line in lines]
-    deltas = Patch.load(folder / "patch.safetensors").deltas
-    return episodes, load_front(folder), {name: one.tolist() for name, one in deltas.items()}
 
 
 def test_one_that_is_interrupted_anywhere_goes_on_by_default_too(
