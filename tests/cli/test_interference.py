@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import signal
+from io import StringIO
 
 import pytest
 import torch
+from rich.console import Console
 from small_world import save_model
 from stopping import KILLED, LOOP, STOPPED, run_until
 from test_bad_input import tree
@@ -23,6 +25,7 @@ from expunge.model.patch import Patch
 from expunge.model.segment import LOGPROBS
 from expunge.records import RunRecord
 from expunge.run import run
+from expunge.tables import print_record
 from expunge.training.state import TrainingState
 from expunge.training.watch import Point
 from expunge.workbench import Workbench
@@ -192,6 +195,13 @@ def test_a_finished_one_is_not_trained_again(world, together, monkeypatch):
     assert tree(together) == before
 
 
+def shown(record):
+    """What `expunge show` prints of a record."""
+    console = Console(file=StringIO(), width=200)
+    print_record(console, record)
+    return console.file.getvalue()
+
+
 def test_a_run_that_collapses_is_noticed(world, tmp_path):
     said = []
 
@@ -207,6 +217,9 @@ def test_a_run_that_collapses_is_noticed(world, tmp_path):
     recipe = knowledge(world)
     measured = compose(recipe, (tmp_path / "out",), tmp_path / "m", bench=Workbench(recipe))
     assert measured.training["collapsed"] == {"out": record.training["collapsed"]}
+    told = "what was to be kept collapsed after {collapsed} steps; the state after {restored} steps"
+    assert told.format(**record.training) in shown(record)
+    assert "collapsed" not in shown(measured)  # of a sum there is one for each part
 
 
 # ---- one after the other
