@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -235,6 +235,17 @@ def find_records(
         except DataError as error:
             on_unreadable(error)
     return found
+
+
+def ended_of(tried: Sequence[Mapping[str, Any]], episode: int) -> str | None:
+    """How an episode of a trade-off ended: ``whole``, ``collapsed`` or ``diverged``.
+
+    None where the record does not tell, as earlier ones.
+
+    Args:
+        tried: of each episode and the last run, in this order, what a record tells.
+    """
+    return tried[episode].get("ended") if episode < len(tried) else None
 
 
 # Of which kind a record's fields are, as far as results are computed from them. All others are

@@ -61,7 +61,7 @@ def print_record(console: Console, record: RunRecord) -> None:
     if isinstance(collapsed, int):  # of a sum of patches there is one for each part
         console.print(
             f"what was to be kept collapsed after {collapsed} steps; "
-            f"the state after {restored} steps is taken",
+            f"what is taken is, or is made of, the state after {restored} steps",
             markup=False,
             highlight=False,
         )
@@ -78,10 +78,12 @@ def print_front(console: Console, front: Sequence[Point], record: RunRecord) -> 
     """The points that a learned trade-off kept, by forgetting; the run's own is marked."""
     facts = record.training["tradeoff"]
     floor = facts["looked_at"]["floor"]
+    worth = f"forget times retain, nothing at {floor:g} or below"
+    if "lost_at" in facts["looked_at"]:
+        worth = f"by an earlier rule: retain counted 0 at {facts['looked_at']['lost_at']:g}"
     table = Table(
         title=f"front on validation: hypervolume {facts['hypervolume']:.3f} above retain {floor:g}",
-        caption=f"looks: {facts['reward']}; worth: forget times retain, or nothing where retain "
-        f"is {floor:g} or less",
+        caption=f"looks: {facts['reward']}; worth: {worth}",
     )
     for column in ("point", "forget", "retain", "worth", "step", "scale"):
         table.add_column(column, justify="right")
@@ -293,7 +295,7 @@ def print_export(console: Console, made: LoraExport) -> None:
 def _calibration_table(found: Mapping[str, Any]) -> Table:
     """Layers tried by short runs, and the one that was taken."""
     table = Table(title=f"layer, by short runs on validation ({found['looked_at']})")
-    for column in ("layer", "hypervolume", "worth"):
+    for column in ("layer", "hypervolume", "above retain 0"):
         table.add_column(column, justify="right")
     table.add_column("")
     for tried in found["tried"]:

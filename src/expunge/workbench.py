@@ -29,7 +29,7 @@ from expunge.measuring import Artefact, Measurements, Measuring
 from expunge.metalearning.calibration import CALIBRATION_NAME, Calibration, calibrate
 from expunge.metalearning.episodes import EPISODES_NAME, lessons
 from expunge.metalearning.exploring import Players, explore
-from expunge.metalearning.looking import guard, kind_of
+from expunge.metalearning.looking import guard, kind_of, knob_ranges
 from expunge.model.apply import part_within
 from expunge.model.checkpoint import Checkpoint, open_model, open_tokenizer
 from expunge.model.patch import BaseTensor, Patch
@@ -46,7 +46,7 @@ from expunge.training.loop import Stage, TrainingResult
 from expunge.training.order import ORDER
 from expunge.training.tradeoff import EXPLORING
 
-# What trained weights depend on besides what a user gives.
+# What trained weights depend on besides what a user gives; of the package's own rules, the order.
 CODE = {"order": ORDER, "torch": torch.__version__, "sklearn": sklearn.__version__}
 
 
@@ -186,7 +186,7 @@ class Workbench:
                 allowed="policy_from together with tradeoff learned",
                 fix="add --tradeoff learned, or leave policy_from out",
             )
-        lessons(Path(folder), kind_of(recipe))
+        lessons(Path(folder), kind_of(recipe), knob_ranges(recipe))
 
     def _check_prompts(self, recipe: Recipe) -> None:
         """Prompts that cannot be continued are told before anything is trained."""
@@ -236,23 +236,21 @@ class Workbench:
         Args:
             folder: of the run, where a calibration is kept for a resume.
         """
-        if recipe.layer != "auto" or not _reads_a_layer(recipe):
-            return recipe, {}
         known = find_preset(self.checkpoint.config)
-        if known is not None:
+        if known is not None and _wants_a_layer(recipe):
             layers = {name: known.settings[name] for name in ("layer", "trained_layers")}
             if recipe.trained_layers is not None:
                 del layers["trained_layers"]
             return recipe.updated(**layers), {"preset": known.name}
-        found = self._calibration(recipe, folder) if recipe.calibrate else None
+        found = self._calibration(recipe, folder) if self.calibrates(recipe) else None
         if found is None:
             return recipe, {}
         return recipe.updated(layer=found.layer), {"calibration": found.to_dict()}
 
     def calibrates(self, recipe: Recipe) -> bool:
         """Whether the recipe's layer is found by short runs."""
-        wanted = recipe.layer == "auto" and recipe.calibrate and _reads_a_layer(recipe)
-        return wanted and find_preset(self.checkpoint.config) is None
+        known = find_preset(self.checkpoint.config)
+        return recipe.calibrate and known is None and _wants_a_layer(recipe)
 
     def _calibration(self, recipe: Recipe, folder: Path | None) -> Calibration | None:
         """What short runs say of the layers, tried once on a bench; None where they cannot."""
@@ -322,6 +320,7 @@ class Workbench:
             # A state that was found by other looks is not gone on with, whatever "auto" means.
             **({"looks": kind_of(recipe)} if recipe.tradeoff in EXPLORING else {}),
             "code": CODE,
+            "knobs": knob_ranges(recipe),
         }
         if self.start is not None:
             facts["start"] = {
@@ -371,10 +370,11 @@ class Workbench:
         return model, tokenizer
 
 
-def _reads_a_layer(recipe: Recipe) -> bool:
-    """Whether the recipe's own layer is read, not those of probes or the log-probabilities."""
+def _wants_a_layer(recipe: Recipe) -> bool:
+    """Whether the recipe's layer is to be found, and is read: not those of probes, nor outputs."""
     needs = method_of(recipe).extras.get("needs")
-    return isinstance(needs, Activations) and needs.probes == "none"
+    reads = isinstance(needs, Activations) and needs.probes == "none"
+    return reads and recipe.layer == "auto"
 
 
 def _digest_of(facts: Any) -> str:

@@ -526,8 +526,10 @@ def test_plan_table_and_depth(cli, world):
     assert "1, 2, 3" in result.out
     assert "learned trade-off" in result.out and "measured here on cpu" in result.out
     assert "88 x 2 x 32 questions" in result.out and "18 closer looks" in result.out
-    angles = cli("plan", "--model", world.model, "--tokens", 8, "--reward", "representation")
-    assert "88 x 2 x 32 texts" in angles.out and "4 of 4" in angles.out
+    deep = ("plan", "--model", "qwen2.5-7b", "--device", "rtx4090")
+    assert "28 of 28" in cli(*deep).out
+    angles = cli(*deep, "--reward", "representation")
+    assert "x 2 x 32 texts" in angles.out and "28 of 28" not in angles.out
     alone = cli("plan", "--model", "qwen2.5-7b", "--device", "rtx4090", "--episodes", 0)
     assert "7 of 28" in alone.out and "learned" not in alone.out
     assert "published for rtx4090: a rough guess" in " ".join(alone.out.split())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
@@ -58,6 +59,22 @@ def test_what_cannot_be_used_is_refused(world, teacher, tmp_path, change, word):
     settings = learned_settings(world, **{"policy_from": str(teacher), **change})
     with pytest.raises(RecipeError, match=word):
         run(Recipe.build(settings), tmp_path / "out")
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_teacher_whose_knobs_had_other_ranges_is_refused(world, teacher, tmp_path, known):
+    """A place of its policy means another value there."""
+    moved = tmp_path / "teacher"
+    shutil.copytree(teacher, moved)
+    header, *lines = (moved / "episodes.jsonl").read_text().splitlines()
+    facts = json.loads(header)
+    if known:
+        facts["knobs"]["lr"][0] *= 2
+    else:
+        del facts["knobs"]  # as earlier versions left it
+    (moved / "episodes.jsonl").write_text("\n".join([json.dumps(facts), *lines]) + "\n")
+    with pytest.raises(RecipeError, match="other knobs"):
+        run(Recipe.build(learned_settings(world, policy_from=str(moved))), tmp_path / "out")
 
 
 def test_a_teacher_that_changed_is_noticed_on_resume(world, teacher, tmp_path, monkeypatch):

@@ -234,3 +234,6 @@ def test_a_collapse_is_told_of_the_training_that_was_taken(
     tried = [{"ended": "whole", "steps": 16}, {"ended": "collapsed", "steps": 12}, {"steps": 16}]
     entry = Entry(episode, 8, Point(0.5, 0.9), 0.4)
     assert collapse_of(entry, tried) == {"collapsed": collapsed, "restored": restored}
+    # Of a mean the second counts too.
+    mean = replace(Entry(2, 16, Point(0.5, 0.9), 0.4), other=(episode, 8))
+    assert collapse_of(mean, tried) == {"collapsed": collapsed, "restored": restored}

@@ -28,6 +28,7 @@ from expunge.training.watch import Point
 from expunge.workbench import Workbench
 
 ABSURD = 1e36
+RANGES = {"lr": [0.2, 5.0, "log", True]}
 
 
 def recipe(files: dict[str, Path], **changes: Any) -> Recipe:
@@ -261,7 +262,7 @@ def some(number: int) -> Episode:
 
 
 def test_the_log_comes_back_as_it_was(tmp_path: Path) -> None:
-    log = EpisodeLog(tmp_path / EPISODES_NAME, "here", "likelihood")
+    log = EpisodeLog(tmp_path / EPISODES_NAME, "here", "likelihood", RANGES)
     assert log.read() == []
     for written in ([some(0)], [some(0), some(1)], []):
         log.write(written)
@@ -269,9 +270,9 @@ def test_the_log_comes_back_as_it_was(tmp_path: Path) -> None:
 
 
 def test_the_log_of_another_context_is_refused(tmp_path: Path) -> None:
-    EpisodeLog(tmp_path / "log", "one", "likelihood").write([some(0)])
+    EpisodeLog(tmp_path / "log", "one", "likelihood", RANGES).write([some(0)])
     with pytest.raises(TrainingError, match="other data, another base") as caught:
-        EpisodeLog(tmp_path / "log", "other", "likelihood").read()
+        EpisodeLog(tmp_path / "log", "other", "likelihood", RANGES).read()
     assert "--fresh" in caught.value.fix and "episodes of one" in caught.value.got
 
 
@@ -281,7 +282,7 @@ def test_the_log_of_another_context_is_refused(tmp_path: Path) -> None:
 def test_a_broken_log_is_no_log(tmp_path: Path, content: str) -> None:
     (tmp_path / "log").write_text(content)
     with pytest.raises(TrainingError, match="cannot be read"):
-        EpisodeLog(tmp_path / "log", "here", "likelihood").read()
+        EpisodeLog(tmp_path / "log", "here", "likelihood", RANGES).read()
 
 
 # ---- many
@@ -346,7 +347,8 @@ def test_an_exploration_goes_on_where_it_was_interrupted(
         patched.setattr(Episodes, "play", play)
         with pytest.raises(KeyboardInterrupt):
             bench.train(own, stage("parts"), tmp_path / "parts")
-        assert len(EpisodeLog(tmp_path / "parts" / EPISODES_NAME, "here", "likelihood").read()) == 2
+        path = tmp_path / "parts" / EPISODES_NAME
+        assert len(EpisodeLog(path, "here", "likelihood", RANGES).read()) == 2
 
         def last(self: Episodes, *args: Any, **settings: Any) -> Any:
             if "on_step" in settings:

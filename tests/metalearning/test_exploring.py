@@ -40,15 +40,16 @@ def test_a_last_run_that_ends_early_is_told(
 
     def play(self: Episodes, actor: Any, number: int, **given: Any) -> Any:
         episode, result = real(self, actor, number, **given)
-        return replace(episode, ended=ended if number == self.count else "whole"), result
+        return replace(episode, ended=ended), result
 
     monkeypatch.setattr(Episodes, "play", play)
     patch, said = explored(recipe(files, episodes=2, episode_steps=2), tmp_path)
-    assert (f"the last run {ended} after 6 of 6 steps" in said) == (ended != "whole")
+    told = f"the last run {ended}, last looked at after 6 of 6 steps"
+    assert (told in said) == (ended != "whole")
     training = patch.metadata["training"]
     taken = training["tradeoff"]["chosen"]
-    lost = ended == "collapsed" and taken["episode"] == 2
-    expected = (6, taken["step"]) if lost else (None, None)
+    of = training["tradeoff"]["tried"][taken["episode"]]
+    expected = (of["steps"], taken["step"]) if ended == "collapsed" else (None, None)
     assert (training["collapsed"], training["restored"]) == expected
 
 
@@ -61,7 +62,7 @@ def test_too_few_episodes_to_learn_from_are_told(
     learned = patch.metadata["training"]["tradeoff"]["policy"]["weights"]
     usual = Workbench(own)
     before = Episodes(usual.learning, own).policy.to_dict()["weights"]
-    assert ("teach nothing" in said) == (beyond == 0) == (learned == before)
+    assert ("teaches nothing" in said) == (beyond == 0) == (learned == before)
 
 
 # ---- by default: calibrated, looked at by likelihood of questions

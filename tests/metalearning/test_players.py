@@ -112,7 +112,11 @@ def test_processes_leave_what_one_leaves(
 
 @pytest.mark.parametrize(("layer", "opened"), [(2, True), ("auto", False)])
 def test_a_process_begins_with_its_boundaries_where_the_layer_is_known(
-    files: dict[str, Path], monkeypatch: pytest.MonkeyPatch, layer: Any, opened: bool
+    files: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    layer: Any,
+    opened: bool,
 ) -> None:
     own = short(files, layer=layer)
     bench = Workbench(own)
@@ -128,7 +132,7 @@ def test_a_process_begins_with_its_boundaries_where_the_layer_is_known(
     assert bool(computed) is opened
     before = len(computed)
     if opened:
-        players.play(bench, own, Path(), 1, None)
+        players.play(bench, own, tmp_path, 1, None)
         assert len(computed) == before
 
 

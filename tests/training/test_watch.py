@@ -226,7 +226,7 @@ def timeless(log: Any) -> list[dict[str, Any]]:
 
 
 # name -> unit in which the weights move, steps at which they collapsed, step of the best state
-ENDS = {"through": (100.0, None, None), "collapse": (3.5, 6, 4)}
+ENDS = {"through": (100.0, None, None), "collapse": (3.5, 6, 2)}
 
 
 @pytest.mark.parametrize("name", ENDS)

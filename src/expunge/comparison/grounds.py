@@ -9,7 +9,7 @@ from typing import Any
 
 from expunge.comparison.cells import Cell, Place, recipe_of
 from expunge.comparison.matrix import Row
-from expunge.records import RunRecord
+from expunge.records import RunRecord, ended_of
 
 # Settings that decide which examples there are and how they are scored.
 MEASURING = (
@@ -138,9 +138,8 @@ def _ended(record: RunRecord) -> str:
     """How the training behind a run's patch ended: ``whole``, ``collapsed`` or ``diverged``."""
     explored = record.training.get("tradeoff") or {}
     tried, at = explored.get("tried") or [], (explored.get("chosen") or {}).get("episode")
-    if isinstance(at, int) and at < len(tried) and "ended" in tried[at]:
-        return str(tried[at]["ended"])
-    return "collapsed" if record.training.get("collapsed") else "whole"
+    ended = ended_of(tried, at) if isinstance(at, int) else None
+    return ended or ("collapsed" if record.training.get("collapsed") else "whole")
 
 
 def _of_data(function: str, rows: Sequence[Row]) -> list[str]:

@@ -20,6 +20,7 @@ from expunge.errors import PatchError
 from expunge.evaluation.pareto import contributions, front
 from expunge.files import disk_errors, write_json
 from expunge.model.patch import Patch
+from expunge.records import ended_of
 from expunge.training.watch import Point
 
 # Worth that a look at some hundred items can tell apart: some two standard errors of what is
@@ -225,14 +226,15 @@ def chosen_facts(entries: list[Entry]) -> dict[str, Any]:
 
 
 def collapse_of(entry: Entry, tried: Sequence[Mapping[str, Any]]) -> dict[str, int | None]:
-    """What a record tells of a collapse of the training that an entry is from.
+    """What a record tells of a collapse of a training that an entry is from, the first's first.
 
     Args:
         tried: of each episode and the last run, in this order, ``ended`` and ``steps``.
     """
-    of = tried[entry.episode] if entry.episode < len(tried) else {}
-    lost = of.get("ended") == "collapsed"  # earlier records had none
-    return {"collapsed": of["steps"] if lost else None, "restored": entry.step if lost else None}
+    for episode, step in ((entry.episode, entry.step), entry.other or (entry.episode, entry.step)):
+        if ended_of(tried, episode) == "collapsed":
+            return {"collapsed": tried[episode]["steps"], "restored": step}
+    return {"collapsed": None, "restored": None}
 
 
 def save_front(folder: Path, entries: list[Entry]) -> None:

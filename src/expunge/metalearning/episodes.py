@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -83,16 +83,18 @@ class EpisodeLog:
 
     Attributes:
         context: fingerprint of settings, data and base weights.
-        looks: what they measured, for those who learn from these episodes.
+        looks, knobs: what they measured, and the knobs' ranges (`ranges_of`), for those who learn
+            from these episodes.
     """
 
     path: Path
     context: str
     looks: LookKind
+    knobs: Mapping[str, Any]
 
     def write(self, episodes: Sequence[Episode]) -> None:
         """The whole log anew, atomically."""
-        header = {"context": self.context, "looks": self.looks}
+        header = {"context": self.context, "looks": self.looks, "knobs": dict(self.knobs)}
         lines = [header, *(one.to_dict() for one in episodes)]
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in lines))
 
@@ -120,15 +122,16 @@ class EpisodeLog:
         return episodes
 
 
-def lessons(folder: Path, looks: LookKind) -> list[Episode]:
+def lessons(folder: Path, looks: LookKind, knobs: Mapping[str, Any]) -> list[Episode]:
     """The episodes that taught a finished run's policy, in their order.
 
     Args:
         looks: what the looks measure that the policy is to act on.
+        knobs: ranges of the knobs that it is to set (`ranges_of`).
 
     Raises:
         RecipeError: no run with a learned trade-off left any there, or its looks measured something
-            else: a policy acts on what it sees.
+            else, for a policy acts on what it sees; or its knobs were others.
     """
     path = folder / EPISODES_NAME
     try:
@@ -150,6 +153,13 @@ def lessons(folder: Path, looks: LookKind) -> list[Episode]:
             got=f"looks by {header.get('looks', 'an unknown measure')}",
             allowed=f"looks by {looks}",
             fix="set reward as that run had it, or leave policy_from out",
+        )
+    if header.get("knobs") != dict(knobs):
+        raise RecipeError(
+            what="The policy that policy_from names sets other knobs than this run has",
+            got=str(header.get("knobs", "knobs of unknown ranges, by an earlier version")),
+            allowed=str(dict(knobs)),
+            fix="name a run of the same objective and version, or leave policy_from out",
         )
     return found
 

@@ -27,6 +27,7 @@ from expunge.metalearning.archive import (
 )
 from expunge.metalearning.choosing import best_of, facts_of
 from expunge.metalearning.episodes import EPISODES_NAME, Episode, EpisodeLog
+from expunge.metalearning.looking import knob_ranges
 from expunge.metalearning.playing import Episodes
 from expunge.model.patch import Patch
 from expunge.processes import one_thread
@@ -74,7 +75,8 @@ def explore(
     """
     archive = archive_of(learning, recipe, folder, recipe.front_size)
     episodes = Episodes(learning, recipe, archive)
-    log = EpisodeLog(folder / EPISODES_NAME, stage.context, episodes.kind)
+    ranges = knob_ranges(recipe)
+    log = EpisodeLog(folder / EPISODES_NAME, stage.context, episodes.kind, ranges)
     with one_thread(really=players is not None):
         wall = _play_all(episodes, log, archive, players)
     played = list(episodes.played)
@@ -147,9 +149,9 @@ def _play_all(
     before = sum(one.seconds for one in episodes.played)
     start = time.perf_counter()
     least = episodes.policy_settings.warm_up + 1  # the yardstick teaches nothing
-    if not episodes.searches and 0 < episodes.count < least:
+    if not episodes.searches and len(episodes.played) < episodes.count < least:
         episodes.learning.progress.say(
-            f"note: {episodes.count} episodes teach nothing: the policy is first updated after "
+            f"note: --episodes {episodes.count} teaches nothing: the policy is first updated after "
             f"{least}, so that the last run keeps to the usual settings"
         )
     if episodes.count:
@@ -192,7 +194,7 @@ def _play_last(episodes: Episodes, stage: Stage) -> tuple[Episode, TrainingResul
         )
     if last.ended != "whole":
         progress.say(
-            f"the last run {last.ended} after {last.steps} of {recipe.steps} steps; what was seen "
-            "on validation before that counts"
+            f"the last run {last.ended}, last looked at after {last.steps} of {recipe.steps} "
+            "steps; what was seen on validation until then counts"
         )
     return last, result

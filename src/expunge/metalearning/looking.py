@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from expunge.cuts import Opened
 from expunge.data.tokens import encode
@@ -18,6 +19,7 @@ from expunge.objectives.base import Logprobs
 from expunge.progress import timed
 from expunge.recipe import Recipe
 from expunge.records import Split
+from expunge.training.tradeoff import ranges_of
 from expunge.training.watch import Watch
 
 Look = OutputLook | RepresentationLook
@@ -30,6 +32,11 @@ def kind_of(recipe: Recipe) -> LookKind:
     better than accuracy did (LOG.md, "Looks by likelihood").
     """
     return "likelihood" if recipe.reward == "auto" else recipe.reward
+
+
+def knob_ranges(recipe: Recipe) -> dict[str, Any]:
+    """Of the knobs that a learned trade-off may set, whether they can move in this run or not."""
+    return ranges_of(objective_of(recipe).extras["knobs"])
 
 
 def look_at(

@@ -22,7 +22,7 @@ from expunge.evaluation.pareto import hypervolume
 from expunge.learning import Learning, objective_of
 from expunge.metalearning.archive import Archive
 from expunge.metalearning.episodes import Ended, Episode, lessons
-from expunge.metalearning.looking import Look, kind_of, look_at
+from expunge.metalearning.looking import Look, kind_of, knob_ranges, look_at
 from expunge.metalearning.searching import trial
 from expunge.recipe import Recipe
 from expunge.training.checks import is_finite
@@ -98,7 +98,7 @@ class Episodes:
         """
         if not self.recipe.policy_from:
             return []
-        episodes = lessons(Path(self.recipe.policy_from), self.kind)
+        episodes = lessons(Path(self.recipe.policy_from), self.kind, knob_ranges(self.recipe))
         own = [scale.knob.name for scale in self.scales]
         other = next((list(k) for one in episodes for k in one.knobs if list(k) != own), None)
         if other is not None:

@@ -18,7 +18,7 @@ from expunge.objectives.retain import angle, cosine, squared_error
 
 _ADAPTIVE_SCALES = ("per-sample", "first-batch")
 # Squared errors are in units of the activations, so the published weight means something else in
-# another model: on the miniature a 200th of it is right (LOG.md).
+# another model: the demo's, set by hand, are a 240th and a 60th of it.
 _RETAIN_KNOB = Knob("retain_weight", 0.001, 10.0, relative=True)
 
 

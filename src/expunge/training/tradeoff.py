@@ -148,16 +148,26 @@ class Scale:
         return {name: getattr(self, name) for name in names} | {"scale": self.knob.scale}
 
 
+def declared(knobs: Sequence[Knob]) -> dict[str, Knob]:
+    """The common and an objective's own knobs by name; its own take the place of common ones."""
+    return {knob.name: knob for knob in (*COMMON_KNOBS, *knobs)}
+
+
+def ranges_of(knobs: Sequence[Knob]) -> dict[str, list[Any]]:
+    """What places of a policy mean, in JSON form: of each knob its range, by name."""
+    return {
+        name: [knob.low, knob.high, knob.scale, knob.relative]
+        for name, knob in declared(knobs).items()
+    }
+
+
 def scales_of(knobs: Sequence[Knob], usual: Mapping[str, float]) -> tuple[Scale, ...]:
     """The scales of the common and an objective's own knobs, those that cannot move left out.
-
-    An objective's own knob takes the place of a common one of its name.
 
     Args:
         usual: what a run without learning uses, by the knob's name.
     """
-    named = {knob.name: knob for knob in (*COMMON_KNOBS, *knobs)}
-    found = [Scale.of(knob, usual[name]) for name, knob in named.items()]
+    found = [Scale.of(knob, usual[name]) for name, knob in declared(knobs).items()]
     return tuple(scale for scale in found if scale.moves)
 
 

@@ -118,4 +118,4 @@ class Watch:
 
     def _worth(self, point: Point) -> tuple[float, float]:
         wanted = self.floor if self.retain_floor is None else self.retain_floor
-        return point.worth(wanted), point.worth(self.floor)
+        return point.area(wanted), point.area(self.floor)
