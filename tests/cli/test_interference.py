@@ -217,7 +217,8 @@ def test_a_run_that_collapses_is_noticed(world, tmp_path):
     recipe = knowledge(world)
     measured = compose(recipe, (tmp_path / "out",), tmp_path / "m", bench=Workbench(recipe))
     assert measured.training["collapsed"] == {"out": record.training["collapsed"]}
-    told = "what was to be kept collapsed after {collapsed} steps; the state after {restored} steps"
+    told = "collapsed after {collapsed} steps; what is taken is, or is made of, the state after "
+    told += "{restored} steps"
     assert told.format(**record.training) in shown(record)
     assert "collapsed" not in shown(measured)  # of a sum there is one for each part
 

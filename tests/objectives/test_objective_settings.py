@@ -36,7 +36,7 @@ def test_an_unknown_key_meets_its_nearest_name() -> None:
 
 @pytest.mark.parametrize("entry", list(OBJECTIVES), ids=lambda entry: entry.name)
 def test_knobs_are_settings_whose_default_lies_in_their_range(entry: Entry[Any]) -> None:
-    defaults = settings_of(entry, {})
+    defaults = settings_of(entry, {}) | {"retain_weight": entry.extras["retain_weight"]}
     for knob in entry.extras["knobs"]:
         usual = defaults[knob.name]
         assert isinstance(usual, float)
