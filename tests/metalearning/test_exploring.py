@@ -25,16 +25,22 @@ from expunge.workbench import Workbench
 from said import Said
 
 
-def explored(own: Recipe, folder: Path) -> tuple[Patch, str]:
+@pytest.fixture(scope="module")
+def bench(files: dict[str, Path]) -> Workbench:
+    return Workbench(recipe(files, episode_steps=2), Said())
+
+
+def explored(bench: Workbench, folder: Path, **changes: Any) -> tuple[Patch, str]:
     """The patch, and all that was said."""
-    said = Said()
-    patch, _ = explore(Workbench(own, said).learning, own, folder, Stage())
-    return patch, "\n".join(said.notes)
+    assert isinstance(bench.progress, Said)
+    bench.progress.notes.clear()
+    patch, _ = explore(bench.learning, bench.recipe.updated(**changes), folder, Stage())
+    return patch, "\n".join(bench.progress.notes)
 
 
 @pytest.mark.parametrize("ended", ["whole", "collapsed", "diverged"])
 def test_a_last_run_that_ends_early_is_told(
-    files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ended: Any
+    bench: Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ended: Any
 ) -> None:
     real = Episodes.play
 
@@ -43,7 +49,7 @@ def test_a_last_run_that_ends_early_is_told(
         return replace(episode, ended=ended), result
 
     monkeypatch.setattr(Episodes, "play", play)
-    patch, said = explored(recipe(files, episodes=2, episode_steps=2), tmp_path)
+    patch, said = explored(bench, tmp_path, episodes=2)
     told = f"the last run {ended}, last looked at after 6 of 6 steps"
     assert (told in said) == (ended != "whole")
     training = patch.metadata["training"]
@@ -55,13 +61,11 @@ def test_a_last_run_that_ends_early_is_told(
 
 @pytest.mark.parametrize("beyond", [0, 1])
 def test_too_few_episodes_to_learn_from_are_told(
-    files: dict[str, Path], tmp_path: Path, beyond: int
+    bench: Workbench, tmp_path: Path, beyond: int
 ) -> None:
-    own = recipe(files, episodes=PolicySettings().warm_up + beyond, episode_steps=2)
-    patch, said = explored(own, tmp_path)
+    patch, said = explored(bench, tmp_path, episodes=PolicySettings().warm_up + beyond)
     learned = patch.metadata["training"]["tradeoff"]["policy"]["weights"]
-    usual = Workbench(own)
-    before = Episodes(usual.learning, own).policy.to_dict()["weights"]
+    before = Episodes(bench.learning, bench.recipe).policy.to_dict()["weights"]
     assert ("teaches nothing" in said) == (beyond == 0) == (learned == before)
 
 
