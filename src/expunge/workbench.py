@@ -317,11 +317,11 @@ class Workbench:
             # Probes are fitted again on resume; they must come out the same.
             "directions": self._directions(settled),
             **({"policy": _digest(recipe.policy_from)} if recipe.policy_from else {}),
-            # A state that was found by other looks is not gone on with, whatever "auto" means.
-            **({"looks": kind_of(recipe)} if recipe.tradeoff in EXPLORING else {}),
             "code": CODE,
-            "knobs": knob_ranges(recipe),
         }
+        if recipe.tradeoff in EXPLORING:
+            # What was found by other looks or knobs is not gone on with, whatever "auto" means.
+            facts |= {"looks": kind_of(recipe), "knobs": knob_ranges(recipe)}
         if self.start is not None:
             facts["start"] = {
                 name: fingerprint(delta, delta.dtype) for name, delta in self.start.deltas.items()
