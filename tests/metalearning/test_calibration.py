@@ -202,6 +202,16 @@ def test_weights_rest_on_the_order_of_texts(
     assert bench.context(bench.recipe) != before
 
 
+@pytest.mark.parametrize(("tradeoff", "rests"), [("learned", True), ("fixed", False)])
+def test_learned_weights_rest_on_the_knobs_ranges(
+    files: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tradeoff: str, rests: bool
+) -> None:
+    bench = Workbench(recipe(files, layer=3, tradeoff=tradeoff))
+    before = bench.context(bench.recipe)
+    monkeypatch.setattr(workbench, "knob_ranges", lambda _recipe: {"lr": [0.1, 9.0, "log", True]})
+    assert (bench.context(bench.recipe) != before) is rests
+
+
 def test_the_usual_values_are_tried_whatever_a_policy_learned(
     planted: type[Planted], files: dict[str, Path]
 ) -> None:
