@@ -15,7 +15,7 @@ from small_world import World
 from expunge.evaluation.looks import RepresentationLook
 from expunge.training.watch import Point
 
-EPISODES, STEPS, EVERY, SAVE_EVERY = 6, 12, 3, 4
+EPISODES, STEPS, EVERY, SAVE_EVERY = 12, 12, 3, 4  # the policy is updated by the last two
 # Texts of random words have no likelihood to lose; activations have an angle to turn.
 SETTINGS = {
     "action_every": EVERY,

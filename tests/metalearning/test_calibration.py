@@ -94,7 +94,7 @@ class Planted:
         point = Point(*self.points[int(self.recipe.layer)])
         points = {2: Point(0.01, 1.0), 4: point} if point.forget else {}
         reward = hypervolume(points.values(), self.recipe.retain_floor)
-        return Episode(number, 4, (), points, reward), None
+        return Episode(number, "usual", 4, (), points, reward), None
 
 
 @pytest.fixture

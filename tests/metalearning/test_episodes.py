@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -17,17 +18,18 @@ from expunge import miniature
 from expunge.errors import RecipeError, TrainingError
 from expunge.evaluation.pareto import hypervolume
 from expunge.metalearning.archive import Archive, load_front
-from expunge.metalearning.episodes import EPISODES_NAME, Episode, EpisodeLog
+from expunge.metalearning.episodes import EPISODES_NAME, Episode, EpisodeLog, Role, lessons
 from expunge.metalearning.playing import BELOW, Episodes
 from expunge.model.patch import Patch
 from expunge.recipe import Recipe
 from expunge.training.loop import Stage
-from expunge.training.policy import N_FEATURES
+from expunge.training.policy import N_FEATURES, PolicySettings
 from expunge.training.tradeoff import Scale
 from expunge.training.watch import Point
 from expunge.workbench import Workbench
 
 ABSURD = 1e36
+FIRST = 1 + PolicySettings().drawn  # number of the first episode that a policy plays
 RANGES = {"lr": [0.2, 5.0, "log", True]}
 
 
@@ -77,7 +79,7 @@ def timeless(episode: Episode) -> dict[str, Any]:
 
 def test_what_an_episode_tells(bench: Workbench) -> None:
     found = episodes(bench)
-    episode = explored(found, 1)
+    episode = explored(found, FIRST)
     names = {scale.knob.name for scale in found.scales}
     assert names == {"lr", "retain_weight", "coefficient"}
     assert [*episode.points] == [2, 4, 6] and episode.steps == 6
@@ -119,13 +121,14 @@ def test_an_episode_leaves_the_base_as_it_was(bench: Workbench) -> None:
 
 
 def test_one_seed_is_one_episode(bench: Workbench, files: dict[str, Path]) -> None:
-    one, again = (explored(episodes(bench), 3) for _ in range(2))
-    assert timeless(one) == timeless(again)
-    # On a bench of its own too, and after others.
     other = Workbench(recipe(files))
-    assert timeless(explored(episodes(other), 3)) == timeless(one)
-    assert explored(episodes(bench), 4).knobs != one.knobs
-    assert explored(episodes(bench, seed=1), 3).knobs != one.knobs
+    for number in (3, FIRST):
+        one, again = (explored(episodes(bench), number) for _ in range(2))
+        assert timeless(one) == timeless(again)
+        # On a bench of its own too, and after others.
+        assert timeless(explored(episodes(other), number)) == timeless(one)
+        assert explored(episodes(bench), number + 1).knobs != one.knobs
+        assert explored(episodes(bench, seed=1), number).knobs != one.knobs
 
 
 def test_the_first_episode_is_a_whole_run_with_the_usual_values(bench: Workbench) -> None:
@@ -136,9 +139,14 @@ def test_the_first_episode_is_a_whole_run_with_the_usual_values(bench: Workbench
     assert list(episode.points) == [2, 4, 6, 8]
     other = explored(found, 1)
     assert list(other.points) == [2, 4] and other.knobs[0] != episode.knobs[0]
-    for one in (episode, other):
-        found.learn(one)
-    assert [len(one.returns) for one in found.teaching] == [2]
+    assert [one.role for one in (episode, other)] == ["usual", "drawn"]
+    # What it gained is counted as far as a short episode goes.
+    gained, whole = (
+        hypervolume(points, 0.5) + BELOW * hypervolume(points, 0.0)
+        for points in ([episode.points[done] for done in (2, 4)], episode.points.values())
+    )
+    assert (episode.features, episode.places, episode.returns) == ((), (), (gained,))
+    assert gained < whole
 
 
 def test_the_first_episode_is_the_run_without_learning(bench: Workbench) -> None:
@@ -209,7 +217,7 @@ def test_a_diverging_episode_counts_with_what_it_saw(
     bench = Workbench(recipe(files, reward=reward, action_every=1, max_tokens=64, **asked))
     found = episodes(bench)
     usual, _ = found.play(found.policy.mean, 0)
-    episode, _ = found.play(absurd_from(2, found), 1)
+    episode, _ = found.play(absurd_from(2, found), FIRST)
     assert episode.points[1] == usual.points[1] and episode.points[2] == usual.points[2]
     assert episode.steps < 6 and len(episode.returns) == len(episode.knobs) >= 3
     values = [value for point in episode.points.values() for value in point]
@@ -238,6 +246,7 @@ ROWS = st.lists(st.lists(VALUES, min_size=2, max_size=2).map(tuple), max_size=3)
 EPISODES = st.builds(
     Episode,
     number=st.integers(0, 99),
+    role=st.sampled_from(get_args(Role)),
     steps=st.integers(0, 99),
     knobs=st.lists(st.fixed_dictionaries({"lr": VALUES, "beta": VALUES}), max_size=3).map(tuple),
     points=st.dictionaries(st.integers(1, 99), st.builds(Point, VALUES, VALUES), max_size=3),
@@ -256,9 +265,9 @@ def test_an_episode_comes_back_from_json(episode: Episode) -> None:
     assert back == episode and all(isinstance(point, Point) for point in back.points.values())
 
 
-def some(number: int) -> Episode:
-    point = Point(0.25, 0.75)
-    return Episode(number, 4, ({"lr": 0.1},), {4: point}, 0.5, 1.0, ((1.0,),), ((0.2,),), (0.5,))
+def some(number: int, role: Role = "explored", place: float = 0.2, gain: float = 0.5) -> Episode:
+    point, rows = Point(0.25, 0.75), (((1.0,),), ((place,),), (gain,))
+    return Episode(number, role, 4, ({"lr": 0.1},), {4: point}, 0.5, 1.0, *rows)
 
 
 def test_the_log_comes_back_as_it_was(tmp_path: Path) -> None:
@@ -277,7 +286,11 @@ def test_the_log_of_another_context_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{", "[]\n", '{"context": "here"}\n{"number": 1}\n', '{"a": 1}\n', "1\n2\n"]
+    "content",
+    [
+        *("", "{", "[]\n", '{"context": "here"}\n{"number": 1}\n', '{"a": 1}\n', "1\n2\n"),
+        '{"context": "here"}\n' + json.dumps(some(1).to_dict() | {"role": "other"}) + "\n",
+    ],
 )
 def test_a_broken_log_is_no_log(tmp_path: Path, content: str) -> None:
     (tmp_path / "log").write_text(content)
@@ -288,19 +301,79 @@ def test_a_broken_log_is_no_log(tmp_path: Path, content: str) -> None:
 # ---- many
 
 
-def test_a_policy_learns_from_all_episodes_after_the_warm_up(bench: Workbench) -> None:
+def test_a_policy_learns_from_all_its_episodes_after_the_warm_up(bench: Workbench) -> None:
     found = episodes(bench)
+    for number in range(FIRST):
+        found.learn(explored(found, number))
     start = found.policy
-    for number in range(start.settings.warm_up):
+    for number in range(FIRST, found.least - 1):
         found.learn(explored(found, number))
     assert found.policy is start
-    found.learn(explored(found, start.settings.warm_up))
+    found.learn(explored(found, found.least - 1))
     first = found.policy
     assert not np.array_equal(first.weights, start.weights)
-    by_hand = start.updated([one.trajectory for one in found.played[1:]])
+    by_hand = start.updated([one.trajectory for one in found.played[FIRST:]])
     assert np.array_equal(first.weights, by_hand.weights)
-    found.learn(explored(found, start.settings.warm_up + 1))
+    found.learn(explored(found, found.least))
     assert not np.array_equal(found.policy.weights, first.weights)
+
+
+def test_drawn_episodes_hold_their_knobs_and_cover_the_ranges(bench: Workbench) -> None:
+    found = episodes(bench)
+    shares = []
+    for number in range(1, FIRST):
+        episode = explored(found, number)
+        assert (episode.role, episode.log_density) == ("drawn", 0.0)
+        assert all(place == episode.places[0] for place in episode.places)
+        shares.append(1 / (1 + np.exp(-np.array(episode.places[0]))))
+    assert np.ptp(shares, axis=0).min() > 0.2
+    assert [explored(found, number).role for number in (0, FIRST)] == ["usual", "explored"]
+    # Whatever the policy has become by then.
+    found.acting = found.policy.starting([5.0] * len(found.scales))
+    assert explored(found, 1).places[0] == pytest.approx(np.log(shares[0]) - np.log1p(-shares[0]))
+
+
+@pytest.mark.parametrize(
+    ("usual", "drawn", "expected"),
+    [
+        (0.3, [0.1, 0.5, 0.4], 1),  # the best of them
+        (0.3, [0.1, 0.3, 0.2], None),  # none gained more than the usual values
+        (0.3, [], None),
+        (None, [0.1, 0.2, 0.2], 1),  # the first of equals; nothing is known of the usual run
+        (None, [0.0, 0.0], None),
+    ],
+)
+def test_where_a_policy_begins(
+    bench: Workbench, usual: float | None, drawn: list[float], expected: int | None
+) -> None:
+    found = episodes(bench)
+    usual_places = [scale.start for scale in found.scales]
+    others = [[1.0 + i] * len(usual_places) for i in range(len(drawn))]
+    seen = [replace(some(0, "usual"), places=(), returns=() if usual is None else (usual,))]
+    for i, gain in enumerate(drawn):
+        one = some(1 + i, "drawn", gain=gain)
+        seen.append(replace(one, places=(tuple(others[i]), (9.0,) * len(usual_places))))
+    for one in seen:
+        found.learn(one)
+    begun = found.policy.starting(usual_places if expected is None else others[expected])
+    assert found.policy.to_dict() == begun.to_dict()
+    assert found.teaching == []
+
+
+def test_what_another_run_teaches(tmp_path: Path) -> None:
+    """All that its policy rests on, in its order; not the run that followed."""
+    first = [some(0, "usual"), some(1, "drawn")]
+    log = EpisodeLog(tmp_path / EPISODES_NAME, "here", "likelihood", RANGES)
+    for roles in ([], ["last"]):
+        log.write([*first, *(some(2, role) for role in roles)])
+        with pytest.raises(RecipeError, match="no learned policy"):
+            lessons(tmp_path, "likelihood", RANGES)
+    log.write([some(0, "trial"), some(1, "trial")])
+    with pytest.raises(RecipeError, match="no learned policy"):
+        lessons(tmp_path, "likelihood", RANGES)
+    taught = [*first, some(2), some(3)]
+    log.write([*taught, some(4, "last")])
+    assert lessons(tmp_path, "likelihood", RANGES) == taught
 
 
 def test_taken_in_again_episodes_give_the_same_archive(bench: Workbench, tmp_path: Path) -> None:

@@ -29,8 +29,9 @@ from expunge.run import run
 from expunge.training.policy import PolicySettings
 from expunge.workbench import Workbench
 
-WARM_UP = PolicySettings().warm_up
-COUNT = 1 + WARM_UP + 2 * TOGETHER  # the yardstick, those before the first update, two rounds
+FIRST = 1 + PolicySettings().drawn  # number of the first episode that a policy plays
+LEAST = FIRST + PolicySettings().warm_up  # episodes before its first update
+COUNT = LEAST + 2 * TOGETHER
 
 
 def left(folder: Path) -> tuple[Any, ...]:
@@ -64,21 +65,21 @@ def test_one_policy_plays_a_round(files: dict[str, Path]) -> None:
     """What an episode of a round teaches moves none of the same round, and all after it."""
     bench = Workbench(short(files, episodes=COUNT))
     found = Episodes(bench.learning, bench.recipe)
-    starting = found.acting
-    assert found.round == range(1 + WARM_UP)
+    assert found.round == range(FIRST)
     acted = []
     for number in range(COUNT):
         assert found.round.start == number
         acted.append(found.acting)
         found.learn(found.play(found.actor(number), number)[0])
-    assert all(policy is starting for policy in acted[: 1 + WARM_UP])
-    first, second = acted[1 + WARM_UP], acted[1 + WARM_UP + TOGETHER]
-    assert first is not starting and second is not first
-    assert acted[1 + WARM_UP :] == [first] * TOGETHER + [second] * TOGETHER
+    begun, first, second = (acted[number] for number in (FIRST, LEAST, LEAST + TOGETHER))
+    assert acted[FIRST:] == [begun] * (LEAST - FIRST) + [first] * TOGETHER + [second] * TOGETHER
+    assert len({id(policy) for policy in (begun, first, second)}) == 3
     assert not found.round
 
 
-@pytest.mark.parametrize("played, episodes, expected", [(0, 3, 3), (2, 30, 6), (7, 30, 8)])
+@pytest.mark.parametrize(
+    "played, episodes, expected", [(0, 3, 3), (2, 30, 6), (6, 30, 11), (6, 9, 9), (12, 30, 13)]
+)
 def test_a_round_ends_with_the_episodes(
     files: dict[str, Path], played: int, episodes: int, expected: int
 ) -> None:
@@ -95,19 +96,27 @@ def test_trials_of_a_search_are_one_round(files: dict[str, Path]) -> None:
 # ---- processes
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{"episodes": COUNT}, {"tradeoff": "search", "episodes": 3}],
-    ids=["learned", "search"],
-)
-def test_processes_leave_what_one_leaves(
-    files: dict[str, Path], tmp_path: Path, changes: dict[str, Any]
-) -> None:
-    own = short(files, **changes)
+KINDS: dict[str, dict[str, Any]] = {
+    "learned": {"episodes": COUNT},
+    "search": {"tradeoff": "search", "episodes": 5},
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def by_two(
+    request: pytest.FixtureRequest, files: dict[str, Path], tmp_path_factory: Any
+) -> tuple[Recipe, Path]:
+    """A finished run of two processes; not to be changed."""
+    own, folder = short(files, **KINDS[request.param]), tmp_path_factory.mktemp("by_two") / "run"
+    run(own, folder, workers=2)
+    return own, folder
+
+
+def test_processes_leave_what_one_leaves(by_two: tuple[Recipe, Path], tmp_path: Path) -> None:
+    own, folder = by_two
     with one_thread():
         run(own, tmp_path / "one")
-    run(own, tmp_path / "two", workers=2)
-    assert left(tmp_path / "two") == left(tmp_path / "one")
+    assert left(folder) == left(tmp_path / "one")
 
 
 @pytest.mark.parametrize(("layer", "opened"), [(2, True), ("auto", False)])
@@ -136,30 +145,32 @@ def test_a_process_begins_with_its_boundaries_where_the_layer_is_known(
         assert len(computed) == before
 
 
+@pytest.mark.parametrize("by_two", ["learned"], indirect=True)
 def test_a_run_goes_on_in_the_middle_of_a_round(
-    files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    by_two: tuple[Recipe, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its policy is that of the round's beginning, though one of the round has taught since."""
-    own = short(files, episodes=COUNT)
-    run(own, tmp_path / "whole", workers=2)
+    own, whole = by_two
     real = EpisodeLog.write
 
     def write(self: EpisodeLog, episodes: Any) -> None:
         real(self, episodes)
-        if len(episodes) == 2 + WARM_UP:
+        if len(episodes) == LEAST + 1:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
         patched.setattr(EpisodeLog, "write", write)
         run_interrupted(own, tmp_path / "parts")
     run(own, tmp_path / "parts", workers=2)
-    assert left(tmp_path / "parts") == left(tmp_path / "whole")
+    assert left(tmp_path / "parts") == left(whole)
 
 
+@pytest.mark.parametrize("by_two", ["search"], indirect=True)
 def test_what_is_finished_is_written_down(
-    files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    by_two: tuple[Recipe, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All trials of a search are one round; a kill loses those under way alone."""
+    own, whole = by_two
     real, begun = players.play, []
 
     def play(*given: Any) -> Any:
@@ -168,15 +179,13 @@ def test_what_is_finished_is_written_down(
             raise KeyboardInterrupt
         return real(*given)
 
-    own = short(files, tradeoff="search", episodes=5)
     with monkeypatch.context() as patched:
         patched.setattr(players, "play", play)
         run_interrupted(own, tmp_path / "parts")
     _, *lines = (tmp_path / "parts" / EPISODES_NAME).read_text(encoding="utf-8").splitlines()
     assert json.loads(lines[0])["number"] == 0
     run(own, tmp_path / "parts", workers=2)
-    run(own, tmp_path / "whole", workers=2)
-    assert left(tmp_path / "parts") == left(tmp_path / "whole")
+    assert left(tmp_path / "parts") == left(whole)
 
 
 def test_all_that_processes_share_is_computed_on_one_thread(

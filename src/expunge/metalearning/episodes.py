@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -19,6 +19,9 @@ from expunge.training.watch import Point
 EPISODES_NAME = "episodes.jsonl"
 
 Ended = Literal["whole", "collapsed", "diverged"]
+# What an episode is for: a whole run by the usual values; knobs drawn evenly, of which the best are
+# where a policy begins; exploring around that policy; the run that follows; a trial of a search.
+Role = Literal["usual", "drawn", "explored", "last", "trial"]
 
 
 @dataclass(frozen=True)
@@ -27,19 +30,21 @@ class Episode:
 
     Attributes:
         number: 0-based; the last run has the number that follows the last episode's.
+        role: what it is for.
         steps: inner steps done; fewer than planned where the rest collapsed.
         knobs: knob -> value, for each action.
         points: steps done -> forget and retain on validation.
         reward: hypervolume of the episode's own points above the floor.
         seconds: wall time.
-        features, places, returns: what the policy learns from, for each action; empty where nothing
-            is learned: of whole runs.
+        features, places, returns: what the policy learns from, for each action; empty of the last
+            run; of the usual one ``returns`` alone, of what it gained in a short episode's steps.
         log_density: of the places under the policy that chose them; 0 without one.
         ended: ``whole``; ``collapsed``, stopped because the rest was lost; or ``diverged``, broken
             off because a number was not finite.
     """
 
     number: int
+    role: Role
     steps: int
     knobs: tuple[dict[str, float], ...]
     points: dict[int, Point]
@@ -69,6 +74,8 @@ class Episode:
     def from_dict(cls, raw: dict[str, Any]) -> Episode:
         """Inverse of `to_dict`."""
         points = {int(done): Point(forget, retain) for done, forget, retain in raw["points"]}
+        if raw["role"] not in get_args(Role):
+            raise ValueError(f"an episode that is {raw['role']!r}")
         lists = ("knobs", "features", "places", "returns")
         return cls(**raw | {"points": points} | {k: tuple(map(_frozen, raw[k])) for k in lists})
 
@@ -136,9 +143,8 @@ def lessons(folder: Path, looks: LookKind, knobs: Mapping[str, Any]) -> list[Epi
     path = folder / EPISODES_NAME
     try:
         header, episodes = _read(path)
-        # The run that follows the episodes teaches nothing.
-        found = [one for one in episodes if one.features]
-        if not found:
+        found = [one for one in episodes if one.role in ("usual", "drawn", "explored")]
+        if not any(one.role == "explored" for one in found):
             raise ValueError("no episode that a policy could learn from")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RecipeError(

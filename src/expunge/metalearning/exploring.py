@@ -148,11 +148,11 @@ def _play_all(
         episodes.take(episode)
     before = sum(one.seconds for one in episodes.played)
     start = time.perf_counter()
-    least = episodes.policy_settings.warm_up + 1  # the yardstick teaches nothing
-    if not episodes.searches and len(episodes.played) < episodes.count < least:
+    if not episodes.searches and len(episodes.played) < episodes.count < episodes.least:
         episodes.learning.progress.say(
-            f"note: --episodes {episodes.count} teaches nothing: the policy is first updated after "
-            f"{least}, so that the last run keeps to the usual settings"
+            f"note: --episodes {episodes.count} is too few to update the policy, which takes "
+            f"{episodes.least}: the last run keeps to the usual settings, or to those drawn at "
+            "random that gained more"
         )
     if episodes.count:
         with episodes.learning.progress.phase("episodes", episodes.count) as advance:

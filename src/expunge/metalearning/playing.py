@@ -2,7 +2,8 @@
 
 Every episode starts from the base's own weights, on the boundaries that all runs share, and is
 looked at on validation after each action. The first keeps to the usual values and is as long as a
-run: nothing is learned from it, but it is there to fall back on. The test split is not read here.
+run: it is there to fall back on. A few short ones then draw their knobs evenly, and a policy begins
+where most was gained; the rest explore around it and teach it. The test split is not read here.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from expunge.evaluation.looks import LookKind, OutputLook
 from expunge.evaluation.pareto import hypervolume
 from expunge.learning import Learning, objective_of
 from expunge.metalearning.archive import Archive
-from expunge.metalearning.episodes import Ended, Episode, lessons
+from expunge.metalearning.episodes import Ended, Episode, Role, lessons
 from expunge.metalearning.looking import Look, kind_of, knob_ranges, look_at
 from expunge.metalearning.searching import trial
 from expunge.recipe import Recipe
@@ -91,8 +92,8 @@ class Episodes:
         return 0 if self.recipe.policy_from else self.recipe.episodes
 
     @cached_property
-    def taught(self) -> list[Trajectory]:
-        """What another run's episodes showed.
+    def taught(self) -> list[Episode]:
+        """Another run's episodes.
 
         Raises RecipeError if there are none, or of other looks or knobs.
         """
@@ -108,7 +109,7 @@ class Episodes:
                 allowed=", ".join(own),
                 fix="name a run of the same objective, or leave policy_from out",
             )
-        return [one.trajectory for one in episodes]
+        return episodes
 
     @property
     def searches(self) -> bool:
@@ -134,9 +135,9 @@ class Episodes:
 
         With another run's episodes, its policy: learned from them again.
         """
-        policy = Policy.starting([scale.start for scale in self.scales], self.policy_settings)
+        policy = self._begun([])
         for number in range(len(self.taught)):
-            policy = policy.updated(self.taught[: number + 1])
+            policy = self._after(policy, self.taught[: number + 1])
         return policy
 
     def play(
@@ -179,12 +180,11 @@ class Episodes:
             ended = "diverged"
         if watch.collapsed is not None:
             ended = "collapsed"
-        episode = replace(self._episode(number, rule, watch), ended=ended)
-        if stage is not None and result.log:
+        role = self.role_of(number) if stage is None else "last"
+        episode = replace(self._episode(number, role, rule, watch), ended=ended)
+        if role == "last" and result.log:
             # One that was resumed took its first actions before.
             episode = replace(episode, knobs=tuple(one.knobs for one in result.log[::every]))
-        if stage is not None or (number == 0 and not self.searches):
-            episode = replace(episode, features=(), places=(), returns=())
         return replace(episode, seconds=time.perf_counter() - start), result
 
     def take(self, episode: Episode) -> None:
@@ -197,7 +197,7 @@ class Episodes:
         """Update the policy by what an episode showed, and all before it."""
         self.played.append(episode)
         if not self.searches:
-            self.policy = self.policy.updated(self.teaching)
+            self.policy = self._after(self.policy, self.played)
             if self._begins_round(len(self.played)):
                 self.acting = self.policy
 
@@ -210,7 +210,8 @@ class Episodes:
     def round(self) -> range:
         """Numbers of the episodes that are left of a round: none needs what another teaches.
 
-        The first round is all before the first update, and trials of a search are one round.
+        The first round is all before the policy begins, the second all before its first update;
+        trials of a search are one round.
         """
         start = len(self.played)
         after = range(start + 1, self.count)
@@ -218,13 +219,37 @@ class Episodes:
         return range(start, min(ends, default=self.count))
 
     def _begins_round(self, number: int) -> bool:
-        beyond = number - 1 - self.policy_settings.warm_up  # the yardstick teaches nothing
-        return beyond >= 0 and beyond % TOGETHER == 0
+        beyond = number - self.least
+        return number == 1 + self.policy_settings.drawn or (beyond >= 0 and beyond % TOGETHER == 0)
+
+    @property
+    def least(self) -> int:
+        """Episodes before the policy is first updated."""
+        return 1 + self.policy_settings.drawn + self.policy_settings.warm_up
 
     @property
     def teaching(self) -> list[Trajectory]:
         """What there is to learn from: another run's episodes, or these."""
-        return self.taught or [one.trajectory for one in self.played if one.features]
+        return _trajectories(self.taught or self.played)
+
+    def _after(self, policy: Policy, seen: Sequence[Episode]) -> Policy:
+        """The policy, once the last of these has been seen too."""
+        if seen[-1].role == "explored":
+            return policy.updated(_trajectories(seen))
+        return self._begun(seen)
+
+    def _begun(self, seen: Sequence[Episode]) -> Policy:
+        """A policy around the usual values, or around those drawn that gained more in as long.
+
+        A policy that begins where nothing is forgotten, or everything is lost, has nothing to learn
+        from (LOG.md, "Where a policy begins").
+        """
+        places, most = [scale.start for scale in self.scales], 0.0
+        for one in seen:
+            if one.returns and (one.role == "usual" or one.returns[0] > most):
+                most = one.returns[0]
+                places = list(one.places[0]) if one.role == "drawn" else places
+        return Policy.starting(places, self.policy_settings)
 
     def note(self) -> str:
         """How far the exploration is, in a few words."""
@@ -238,9 +263,17 @@ class Episodes:
             f"best: forget {best.forget:.2f}, retain {best.retain:.2f}"
         )
 
+    def role_of(self, number: int) -> Role:
+        """What an episode is for; the first is a yardstick."""
+        if self.searches:
+            return "trial"
+        if number == 0:
+            return "usual"
+        return "drawn" if number <= self.policy_settings.drawn else "explored"
+
     def actor(self, number: int) -> Actor:
-        """That of an episode. The first keeps to the usual values, as a yardstick."""
-        if self.searches or number == 0:
+        """That of an episode: a trial's, the usual values first, or one around the policy."""
+        if self.role_of(number) != "explored":
             return trial(self.scales, self.recipe.seed, number)
         return Explorer(self.acting, np.random.default_rng([self.recipe.seed, number]))
 
@@ -254,21 +287,29 @@ class Episodes:
         if self.archive is not None and sound:
             self.archive.add(number, done, point, weights)
 
-    def _episode(self, number: int, rule: Learned, watch: Watch) -> Episode:
-        floor = self.recipe.retain_floor
+    def _episode(self, number: int, role: Role, rule: Learned, watch: Watch) -> Episode:
         seen = [point for _, point in sorted(watch.points.items())]
+        episode = Episode(
+            number=number,
+            role=role,
+            steps=max(watch.points, default=0),
+            knobs=tuple(rule.values(a) for a in sorted(rule.places)),
+            points=dict(watch.points),
+            reward=hypervolume(seen, self.recipe.retain_floor),
+        )
+        if role == "last":
+            return episode
+        if role == "usual":
+            early = [point for done, point in watch.points.items() if done <= self.steps]
+            return replace(episode, returns=(self._gain(early),))
         # What an action gained is what was not yet had when it was taken.
         whole = self._gain(seen)
         returns = [whole - self._gain(seen[:a]) for a in range(len(rule.places))]
         seen_AF = np.array([features(rule.states[a]) for a in sorted(rule.places)])
         places_AK = np.array([rule.places[a] for a in sorted(rule.places)])
         explorer = rule.actor if isinstance(rule.actor, Explorer) else None
-        return Episode(
-            number=number,
-            steps=max(watch.points, default=0),
-            knobs=tuple(rule.values(a) for a in sorted(rule.places)),
-            points=dict(watch.points),
-            reward=hypervolume(seen, floor),
+        return replace(
+            episode,
             features=_rows(seen_AF),
             places=_rows(places_AK),
             returns=tuple(returns),
@@ -282,6 +323,10 @@ class Episodes:
         """
         floor = self.recipe.retain_floor
         return hypervolume(points, floor) + BELOW * hypervolume(points, 0.0)
+
+
+def _trajectories(seen: Sequence[Episode]) -> list[Trajectory]:
+    return [one.trajectory for one in seen if one.role == "explored"]
 
 
 def _rows(arrays: Any) -> tuple[tuple[float, ...], ...]:

@@ -44,7 +44,7 @@ LEAST_SCALE = 1e-9
 
 @dataclass(frozen=True)
 class PolicySettings:
-    """How a policy explores and learns (LOG.md, "The policy").
+    """How a policy begins, explores and learns (LOG.md, "The policy").
 
     Attributes:
         spread: first standard deviation of the places; ±1 covers the middle half of a range.
@@ -53,7 +53,8 @@ class PolicySettings:
         spread_rate: step size of the logarithm of the spread.
         feedback: step size of the weights on what is seen, relative to that of the constant.
         passes: steps of one update.
-        warm_up: episodes before the first update.
+        drawn: short episodes that draw their knobs evenly before the policy begins.
+        warm_up: episodes of its own before the first update.
     """
 
     spread: float = 0.8
@@ -62,6 +63,7 @@ class PolicySettings:
     spread_rate: float = 0.15
     feedback: float = 0.3
     passes: int = 2
+    drawn: int = 5
     warm_up: int = 5
 
 
@@ -99,7 +101,7 @@ class Policy:
     def starting(
         cls, starts: Sequence[float], settings: PolicySettings = PolicySettings()
     ) -> Policy:
-        """A policy whose mean is the usual value of each knob, whatever it sees."""
+        """A policy whose mean is one place for each knob, whatever it sees."""
         weights_KF = np.zeros((len(starts), N_FEATURES))
         weights_KF[:, 0] = starts
         return cls(weights_KF, np.full(len(starts), settings.spread), settings)
