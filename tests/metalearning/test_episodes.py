@@ -132,7 +132,7 @@ def test_one_seed_is_one_episode(bench: Workbench, files: dict[str, Path]) -> No
 
 
 def test_the_first_episode_is_a_whole_run_with_the_usual_values(bench: Workbench) -> None:
-    found = episodes(bench, steps=8, episode_steps=4)
+    found = episodes(bench, steps=8, episode_steps=4, lr=0.03)
     episode = explored(found, 0)
     usual = {name: found.usual[name] for name in ("lr", "retain_weight", "coefficient")}
     assert all(knobs == pytest.approx(usual) for knobs in episode.knobs)
