@@ -61,8 +61,7 @@ class LearnedRun:
             played = tuple(map(Episode.from_dict, lines))
             searched = facts["kind"] == "search"
             last = played[facts["chosen"]["episode"] if searched else -1]
-            # Earlier runs had it in their recipe alone.
-            every = int(facts.get("action_steps") or record.provenance["recipe"]["action_every"])
+            every = int(facts["action_steps"])
         except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
             raise DataError(
                 what=f"What {run} holds of a learned trade-off cannot be read",
@@ -122,23 +121,28 @@ def tradeoff_figure(run: Path, path: Path | str) -> Path:
 
 
 def _rewards(axis: Axes, learned: LearnedRun) -> None:
-    """Each episode's hypervolume and its running mean."""
+    """Each episode's hypervolume, and the running mean of those that a policy played."""
     from matplotlib.ticker import MaxNLocator
 
     played = [episode.reward for episode in learned.episodes]
     n = len(played)
     one = "trial" if learned.searched else "episode"
-    if n > 1:
-        axis.plot(range(1, n), played[1:], "o", color=SKY, markersize=5, label=one)
-    if played:
-        axis.plot(
-            [0], played[:1], "o", color=SKY, markerfacecolor="white", markersize=6,
-            label="usual values, a whole run",
-        )  # fmt: skip
-    if n > 2 and not learned.searched:
+    drawn = sum(episode.role == "drawn" for episode in learned.episodes)
+    for numbers, marker, colour, label in (
+        (range(1, 1 + drawn), "D", "white", "knobs drawn evenly"),
+        (range(1 + drawn, n), "o", SKY, one if learned.searched else "by the policy"),
+        (range(min(n, 1)), "o", "white", "usual values, a whole run"),
+    ):
+        if numbers:
+            rewards = [played[number] for number in numbers]
+            axis.plot(
+                numbers, rewards, marker, color=SKY, markerfacecolor=colour, markersize=5,
+                label=label,
+            )  # fmt: skip
+    if n > 2 + drawn and not learned.searched:
+        mean = _running_mean(played[1 + drawn :], WINDOW)
         label = f"mean of the last {WINDOW}"
-        mean = _running_mean(played[1:], WINDOW)
-        axis.plot(range(1, n), mean, color=BLUE, linewidth=2, label=label)
+        axis.plot(range(1 + drawn, n), mean, color=BLUE, linewidth=2, label=label)
     label = "taken" if learned.searched else f"last run ({learned.last.steps} steps)"
     place = learned.last.number if learned.searched else n
     axis.plot([place], [learned.last.reward], "*", color=VERMILLION, markersize=13, label=label)
