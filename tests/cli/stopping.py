@@ -2,38 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
 
 KILLED, STOPPED = -signal.SIGKILL, 130
 LOOP = "expunge.training.loop"
-
-# Sends a signal at the n-th call of a function, before or after it did its work.
-CHILD = """
-import importlib, os, sys
-module, owner, name, number, when, signal_number = sys.argv[1:7]
-sys.argv = ["expunge", *sys.argv[7:]]
-place = importlib.import_module(module)
-place = getattr(place, owner) if owner else place
-original, calls = getattr(place, name), []
-
-def watched(*args, **kwargs):
-    calls.append(1)
-    hit = len(calls) == int(number)
-    if hit and when == "before":
-        os.kill(os.getpid(), int(signal_number))
-    result = original(*args, **kwargs)
-    if hit and when == "after":
-        os.kill(os.getpid(), int(signal_number))
-    return result
-
-setattr(place, name, watched)
-from expunge.cli import main
-main()
-"""
+# A terminal's width is taken when the console is made, threads when torch is imported.
+SET_EARLY = {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
 
 
 def run_until(
@@ -43,12 +25,33 @@ def run_until(
 
     ``place`` is a module, a class in it or "", and a function; ``when``: before or after it.
     """
-    command = [sys.executable, "-c", CHILD, *place, str(number), when, str(int(signal_number))]
-    return subprocess.run(
-        [*command, *args],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
-        capture_output=True,
+    zygote = _zygote()
+    assert zygote.stdin is not None and zygote.stdout is not None
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder) / "out", Path(folder) / "err"
+        out.touch()
+        err.touch()
+        request = {
+            "args": list(args),
+            "watch": [*place, number, when, int(signal_number)],
+            "env": {**os.environ, **SET_EARLY},
+            "cwd": str(Path.cwd()),
+            "stdout": str(out),
+            "stderr": str(err),
+        }
+        zygote.stdin.write(json.dumps(request) + "\n")
+        zygote.stdin.flush()
+        code = int(zygote.stdout.readline())
+        return subprocess.CompletedProcess(list(args), code, out.read_text(), err.read_text())
+
+
+@cache
+def _zygote() -> subprocess.Popen[str]:
+    """Of this test process; it ends with it, when there is nothing more to read."""
+    return subprocess.Popen(
+        [sys.executable, str(Path(__file__).with_name("zygote.py"))],
+        env={**os.environ, **SET_EARLY},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         text=True,
-        timeout=120,
-        check=False,
     )
