@@ -113,10 +113,9 @@ def play_search(
         actor = constant(episodes.scales, asked)
         episode, _ = episodes.play(actor, number)
         episodes.played.append(episode)
-        gained = episode.returns[0] if episode.returns else 0.0
-        tell(gained)
-        if gained > best:
-            best, found = gained, actor
+        tell(episode.returns[0])
+        if episode.returns[0] > best:
+            best, found = episode.returns[0], actor
     return found
 
 

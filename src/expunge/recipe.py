@@ -119,7 +119,7 @@ class Recipe(BaseModel):
         None, description="run whose learned policy sets the knobs; no episodes are played"
     )
     episode_steps: Annotated[int, Field(ge=1)] | Auto = Field(
-        "auto", description="optimiser steps of an episode; auto: two actions"
+        "auto", description="optimiser steps of an episode, whole actions; auto: two"
     )
     action_every: Annotated[int, Field(ge=1)] | Auto = Field(
         "auto", description="steps between a policy's actions, and looks; auto: 1/16 of steps"

@@ -11,11 +11,13 @@ import tempfile
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 KILLED, STOPPED = -signal.SIGKILL, 130
 LOOP = "expunge.training.loop"
 # A terminal's width is taken when the console is made, threads when torch is imported.
 SET_EARLY = {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+COMMAND = [sys.executable, str(Path(__file__).with_name("zygote.py"))]
 
 
 def run_until(
@@ -23,33 +25,56 @@ def run_until(
 ) -> subprocess.CompletedProcess[str]:
     """Run ``expunge`` with ``args`` until the ``number``-th call of ``place``; 0: to the end.
 
-    ``place`` is a module, a class in it or "", and a function; ``when``: before or after it.
+    Returns when all that it began has ended too; that it outlived the command is a failure.
+
+    Args:
+        place: a module, a class in it or "", and a function.
+        when: before or after it.
     """
-    zygote = _zygote()
-    assert zygote.stdin is not None and zygote.stdout is not None
-    with tempfile.TemporaryDirectory() as folder:
-        out, err = Path(folder) / "out", Path(folder) / "err"
-        out.touch()
-        err.touch()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        streams = {stream: folder / stream for stream in ("stdout", "stderr")}
+        for path in streams.values():
+            path.touch()
         request = {
             "args": list(args),
             "watch": [*place, number, when, int(signal_number)],
             "env": {**os.environ, **SET_EARLY},
             "cwd": str(Path.cwd()),
-            "stdout": str(out),
-            "stderr": str(err),
+            **{stream: str(path) for stream, path in streams.items()},
         }
+        code, outlived = _copied(request) if sys.platform == "linux" else _anew(request, folder)
+        assert not outlived, "processes of the command outlived it"
+        said = {stream: path.read_text() for stream, path in streams.items()}
+        return subprocess.CompletedProcess(list(args), code, **said)
+
+
+def _copied(request: dict[str, Any]) -> tuple[int, bool]:
+    zygote = _zygote()
+    assert zygote.stdin is not None and zygote.stdout is not None
+    try:
         zygote.stdin.write(json.dumps(request) + "\n")
         zygote.stdin.flush()
-        code = int(zygote.stdout.readline())
-        return subprocess.CompletedProcess(list(args), code, out.read_text(), err.read_text())
+        code, outlived = json.loads(zygote.stdout.readline())
+    except BaseException:
+        # What it says next would be of this command.
+        zygote.kill()
+        _zygote.cache_clear()
+        raise
+    return code, outlived
+
+
+def _anew(request: dict[str, Any], folder: Path) -> tuple[int, bool]:
+    told = folder / "request.json"
+    told.write_text(json.dumps(request))
+    return subprocess.run([*COMMAND, str(told)], env=request["env"], check=False).returncode, False
 
 
 @cache
 def _zygote() -> subprocess.Popen[str]:
     """Of this test process; it ends with it, when there is nothing more to read."""
     return subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("zygote.py"))],
+        COMMAND,
         env={**os.environ, **SET_EARLY},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

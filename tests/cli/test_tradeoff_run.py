@@ -11,7 +11,6 @@ import pytest
 import yaml
 from learned_world import (
     EPISODES,
-    EVERY,
     STEPS,
     chosen_of,
     copied,
@@ -369,19 +368,13 @@ def test_what_the_figure_draws(undisturbed):
     assert lr.get_xdata().tolist() == [0, 3, 6, 9, 12]
 
 
-def test_actions_that_a_recipe_leaves_open_are_drawn(world, tmp_path, cli, undisturbed):
+def test_actions_that_a_recipe_leaves_open_are_drawn(world, tmp_path, cli):
     out = tmp_path / "out"
     left_open = ["--set", "evaluate=false", "--set", "action_every=auto"]
     result = cli(*learned_args(world, out, *left_open, episodes=2))
     assert result.code == 0, result.err
     drawn = LearnedRun.load(out)
     assert (drawn.every, len(drawn.last.knobs)) == (1, STEPS)
-    # Earlier runs had it in their recipe alone.
-    earlier = copied(undisturbed, tmp_path / "earlier")
-    record = record_of(earlier)
-    assert record["training"]["tradeoff"].pop("action_steps") == EVERY
-    (earlier / "record.json").write_text(json.dumps(record))
-    assert LearnedRun.load(earlier).every == EVERY
 
 
 def test_numbers_of_points_that_lie_together_share_a_place():

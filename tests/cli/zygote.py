@@ -1,19 +1,27 @@
 """A process that has imported everything, and forks a copy of itself for each command it is told.
 
 To import torch takes longer than most of the commands that tests stop. A copy is as fresh as an
-interpreter that has just imported: nothing has begun a thread or a process before it.
+interpreter that has just imported: nothing has begun a thread or a process before it. Copies of
+such a process are safe on Linux alone; elsewhere the command is given on the command line, and this
+process is it.
 """
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import json
 import os
+import signal
 import sys
+from pathlib import Path
 from typing import Any
 
 import expunge.cli
 import expunge.preloaded
+
+LONGEST = 120  # seconds that a command may take, and then those that it leaves behind
+PR_SET_CHILD_SUBREAPER = 36
 
 
 def take_over(request: dict[str, Any]) -> None:
@@ -21,16 +29,13 @@ def take_over(request: dict[str, Any]) -> None:
     os.environ.clear()
     os.environ.update(request["env"])
     os.chdir(request["cwd"])
-    for number, (path, flags) in enumerate(
-        [
-            (os.devnull, os.O_RDONLY),
-            (request["stdout"], os.O_WRONLY),
-            (request["stderr"], os.O_WRONLY),
-        ]
-    ):
-        os.dup2(os.open(path, flags), number)
-    sys.stdin = open(0, closefd=False)  # noqa: SIM115
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        path, flags = request.get(name, os.devnull), os.O_WRONLY if number else os.O_RDONLY
+        opened = os.open(path, flags)
+        os.dup2(opened, number)
+        os.close(opened)
     sys.argv = ["expunge", *request["args"]]
+    signal.alarm(LONGEST)
 
 
 def watch(module: str, owner: str, name: str, number: int, when: str, signal_number: int) -> None:
@@ -54,16 +59,42 @@ def watch(module: str, owner: str, name: str, number: int, when: str, signal_num
 
 def asked() -> dict[str, Any] | None:
     """In a copy, what it is to do; None once there is nothing more to be told."""
+    # Those that a command leaves behind become this process's children.
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     for line in sys.stdin:
         child = os.fork()
         if child == 0:
+            os.setsid()
             return dict(json.loads(line))
         _, status = os.waitpid(child, 0)
-        print(os.waitstatus_to_exitcode(status), flush=True)
+        outlived = not ended(child)
+        print(json.dumps([os.waitstatus_to_exitcode(status), outlived]), flush=True)
     return None
 
 
-if __name__ == "__main__" and (request := asked()) is not None:
-    take_over(request)
-    watch(*request["watch"])
-    expunge.cli.main()
+def ended(group: int) -> bool:
+    """Wait for all that a command began to end; False: they had to be killed."""
+
+    def kill(*_: Any) -> None:
+        killed.append(group)
+        os.killpg(group, signal.SIGKILL)
+
+    killed: list[int] = []
+    signal.signal(signal.SIGALRM, kill)
+    signal.alarm(LONGEST)
+    try:
+        while True:
+            os.waitpid(-group, 0)
+    except ChildProcessError:
+        return not killed
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+
+
+if __name__ == "__main__":
+    told = json.loads(Path(sys.argv[1]).read_text()) if sys.argv[1:] else asked()
+    if told is not None:
+        take_over(told)
+        watch(*told["watch"])
+        expunge.cli.main()

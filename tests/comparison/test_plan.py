@@ -13,6 +13,7 @@ from expunge.edits import EDITS
 from expunge.errors import RecipeError
 from expunge.objectives import OBJECTIVES
 from expunge.recipe import merge_overrides
+from expunge.training.policy import PolicySettings
 
 PLAIN: dict[str, Any] = {
     "functions": {
@@ -115,6 +116,18 @@ def test_the_built_in_plan_holds_all_methods_and_writes_its_world(tmp_path: Path
     # Nothing of what the demo has from a hand's choice is left.
     assert plan.recipe("toxicity", "multi-layer-probe").objective_settings == {}
     assert plan.recipe("toxicity", "multi-layer-probe").lr == "auto"
+
+
+@pytest.mark.parametrize("function", ["knowledge", "toxicity"])
+def test_the_built_in_plan_teaches_a_policy(tmp_path: Path, function: str) -> None:
+    """By episodes enough for it to be updated, and as many steps as a search has."""
+    plan = miniature_plan(tmp_path)
+    taught = plan.choice(function, "cosine-rmu (learned)")
+    search = plan.choice(function, "cosine-rmu")
+    assert taught is not None and search is not None
+    assert (taught.tradeoff, taught.episodes, taught.steps) == ("learned", 16, 60)
+    assert taught.episodes > 1 + PolicySettings().drawn + PolicySettings().warm_up
+    assert search.episodes * search.steps == 2 * 60 + 15 * 12
 
 
 def test_settings_reach_into_the_built_in_plan(tmp_path: Path) -> None:

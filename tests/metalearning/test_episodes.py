@@ -19,17 +19,19 @@ from expunge.errors import RecipeError, TrainingError
 from expunge.evaluation.pareto import hypervolume
 from expunge.metalearning.archive import Archive, load_front
 from expunge.metalearning.episodes import EPISODES_NAME, Episode, EpisodeLog, Role, lessons
+from expunge.metalearning.looking import knob_ranges
 from expunge.metalearning.playing import BELOW, Episodes
 from expunge.model.patch import Patch
 from expunge.recipe import Recipe
 from expunge.training.loop import Stage
 from expunge.training.policy import N_FEATURES, PolicySettings
-from expunge.training.tradeoff import Scale
+from expunge.training.tradeoff import START, Scale, State
 from expunge.training.watch import Point
 from expunge.workbench import Workbench
 
 ABSURD = 1e36
 FIRST = 1 + PolicySettings().drawn  # number of the first episode that a policy plays
+LEAST = FIRST + PolicySettings().warm_up  # episodes before its first update
 RANGES = {"lr": [0.2, 5.0, "log", True]}
 
 
@@ -162,8 +164,8 @@ def test_the_first_episode_is_the_run_without_learning(bench: Workbench) -> None
 
 @pytest.mark.parametrize(
     ("given_steps", "steps", "expected"),
-    [("auto", 40, 4), ("auto", 3, 3), (7, 40, 7)],
-    ids=["two actions", "whole", "given"],
+    [("auto", 40, 4), ("auto", 3, 3), (6, 40, 6), (7, 40, 8), (1, 40, 2), (7, 7, 7)],
+    ids=["two actions", "whole", "given", "whole actions", "one", "no more than there are"],
 )
 def test_steps_of_an_episode(bench: Workbench, given_steps: Any, steps: int, expected: int) -> None:
     assert episodes(bench, episode_steps=given_steps, steps=steps).steps == expected
@@ -339,41 +341,71 @@ def test_drawn_episodes_hold_their_knobs_and_cover_the_ranges(bench: Workbench) 
         (0.3, [0.1, 0.5, 0.4], 1),  # the best of them
         (0.3, [0.1, 0.3, 0.2], None),  # none gained more than the usual values
         (0.3, [], None),
-        (None, [0.1, 0.2, 0.2], 1),  # the first of equals; nothing is known of the usual run
-        (None, [0.0, 0.0], None),
+        (0.1, [0.1, 0.2, 0.2], 1),  # the first of equals
+        (0.0, [0.0, 0.0], None),
     ],
 )
 def test_where_a_policy_begins(
-    bench: Workbench, usual: float | None, drawn: list[float], expected: int | None
+    bench: Workbench, usual: float, drawn: list[float], expected: int | None
 ) -> None:
     found = episodes(bench)
-    usual_places = [scale.start for scale in found.scales]
-    others = [[1.0 + i] * len(usual_places) for i in range(len(drawn))]
-    seen = [replace(some(0, "usual"), places=(), returns=() if usual is None else (usual,))]
-    for i, gain in enumerate(drawn):
-        one = some(1 + i, "drawn", gain=gain)
-        seen.append(replace(one, places=(tuple(others[i]), (9.0,) * len(usual_places))))
-    for one in seen:
+    starts = [scale.start for scale in found.scales]
+    for one in first_episodes(len(starts), usual, drawn):
         found.learn(one)
-    begun = found.policy.starting(usual_places if expected is None else others[expected])
+    begun = found.policy.starting(starts if expected is None else [float(expected)] * len(starts))
     assert found.policy.to_dict() == begun.to_dict()
     assert found.teaching == []
 
 
+def first_episodes(n_knobs: int, usual: float, drawn: list[float]) -> list[Episode]:
+    """Those before a policy plays, by gains; the i-th drawn has all knobs at the place i."""
+    seen = [replace(some(0, "usual"), features=(), places=(), returns=(usual,))]
+    for i, gain in enumerate(drawn):
+        one = some(1 + i, "drawn", gain=gain)
+        seen.append(replace(one, places=((float(i),) * n_knobs, (9.0,) * n_knobs)))
+    return seen
+
+
+@pytest.mark.parametrize("ended", ["collapsed", "diverged"])
+def test_a_policy_does_not_begin_where_an_episode_ended_early(bench: Workbench, ended: Any) -> None:
+    found = episodes(bench)
+    usual, lost, kept = first_episodes(len(found.scales), 0.1, [0.5, 0.2])
+    for one in (usual, replace(lost, ended=ended), kept):
+        found.learn(one)
+    assert found.policy.mean(State(0.0, START, 0)) == pytest.approx(1.0)
+
+
+def test_another_run_s_policy_is_learned_again(bench: Workbench, tmp_path: Path) -> None:
+    """From where it began, by every episode."""
+    teacher = episodes(bench)
+    named = ({scale.knob.name: 0.1 for scale in teacher.scales},)
+    drawn = first_episodes(len(teacher.scales), 0.1, [0.0, 0.2, 0.5, 0.4, 0.3])
+    first = [replace(one, knobs=named) for one in drawn]
+    for one in (*first, *(explored(teacher, number) for number in range(FIRST, LEAST + 1))):
+        teacher.learn(one)
+    ranges = knob_ranges(bench.recipe)
+    log = EpisodeLog(tmp_path / EPISODES_NAME, "here", "representation", ranges)
+    log.write([*teacher.played, replace(some(LEAST + 1, "last"), knobs=named)])
+    taught = episodes(bench, policy_from=str(tmp_path))
+    assert taught.count == 0
+    assert taught.policy.to_dict() == teacher.policy.to_dict()
+    begun = teacher.policy.starting([2.0] * len(teacher.scales))
+    assert not np.array_equal(taught.policy.weights, begun.weights)
+    assert taught.policy.weights[:, 0] == pytest.approx(begun.weights[:, 0], abs=1.5)
+
+
 def test_what_another_run_teaches(tmp_path: Path) -> None:
     """All that its policy rests on, in its order; not the run that followed."""
-    first = [some(0, "usual"), some(1, "drawn")]
     log = EpisodeLog(tmp_path / EPISODES_NAME, "here", "likelihood", RANGES)
-    for roles in ([], ["last"]):
-        log.write([*first, *(some(2, role) for role in roles)])
+    of_no_use: list[list[Role]] = [[], ["usual"], ["usual", "last"], ["trial", "trial"]]
+    for roles in of_no_use:
+        log.write([some(number, role) for number, role in enumerate(roles)])
         with pytest.raises(RecipeError, match="no learned policy"):
             lessons(tmp_path, "likelihood", RANGES)
-    log.write([some(0, "trial"), some(1, "trial")])
-    with pytest.raises(RecipeError, match="no learned policy"):
-        lessons(tmp_path, "likelihood", RANGES)
-    taught = [*first, some(2), some(3)]
-    log.write([*taught, some(4, "last")])
-    assert lessons(tmp_path, "likelihood", RANGES) == taught
+    taught = [some(0, "usual"), some(1, "drawn")]
+    for seen in (taught, [*taught, some(2), some(3)]):
+        log.write([*seen, some(len(seen), "last")])
+        assert lessons(tmp_path, "likelihood", RANGES) == seen
 
 
 def test_taken_in_again_episodes_give_the_same_archive(bench: Workbench, tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_episodes import recipe
-from test_players import LEAST, left
+from test_episodes import LEAST, recipe
+from test_players import left
 
 from expunge import miniature
 from expunge.metalearning.calibration import CALIBRATION_NAME
@@ -80,7 +80,7 @@ def default(files: dict[str, Path], folder: Path) -> Recipe:
         path.write_text("".join(lines[:40]), encoding="utf-8")
         given[path.stem] = str(path)
     small = {
-        "episodes": LEAST + 1,
+        "episodes": LEAST + 2,
         "steps": 8,
         "batch_size": 4,
         "look_items": 4,
@@ -93,7 +93,7 @@ def default(files: dict[str, Path], folder: Path) -> Recipe:
 def test_one_that_is_interrupted_anywhere_goes_on_by_default_too(
     files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between layers, between episodes that a learned policy plays, and in the last run."""
+    """Between layers, between episodes of a policy that was updated, and in the last run."""
     own = default(files, tmp_path)
     whole = run(own, tmp_path / "whole")
     played, stepped = Episodes.play, TrainingState.save
@@ -122,7 +122,7 @@ def test_one_that_is_interrupted_anywhere_goes_on_by_default_too(
 
     interrupted(episodes=2)
     assert not (tmp_path / "parts" / CALIBRATION_NAME).exists()
-    interrupted(episodes=3 + LEAST)
+    interrupted(episodes=3 + LEAST + 1)
     assert (tmp_path / "parts" / CALIBRATION_NAME).exists()
     interrupted(saves=2)
     again = run(own, tmp_path / "parts")
@@ -132,4 +132,4 @@ def test_one_that_is_interrupted_anywhere_goes_on_by_default_too(
     )
     assert found == expected and len(found) == 3
     assert left(tmp_path / "parts") == left(tmp_path / "whole")
-    assert len(left(tmp_path / "whole")[0]) == 1 + (LEAST + 1) + 1
+    assert len(left(tmp_path / "whole")[0]) == 1 + (LEAST + 2) + 1

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_episodes import recipe
+from test_episodes import FIRST, LEAST, recipe
 
 from expunge import players
 from expunge.errors import DataError, RecipeError, ResourceError
@@ -26,11 +26,8 @@ from expunge.model.patch import Patch
 from expunge.processes import one_thread
 from expunge.recipe import Recipe
 from expunge.run import run
-from expunge.training.policy import PolicySettings
 from expunge.workbench import Workbench
 
-FIRST = 1 + PolicySettings().drawn  # number of the first episode that a policy plays
-LEAST = FIRST + PolicySettings().warm_up  # episodes before its first update
 COUNT = LEAST + 2 * TOGETHER
 
 
@@ -70,6 +67,7 @@ def test_one_policy_plays_a_round(files: dict[str, Path]) -> None:
     for number in range(COUNT):
         assert found.round.start == number
         acted.append(found.acting)
+        assert number != FIRST or found.acting is found.policy
         found.learn(found.play(found.actor(number), number)[0])
     begun, first, second = (acted[number] for number in (FIRST, LEAST, LEAST + TOGETHER))
     assert acted[FIRST:] == [begun] * (LEAST - FIRST) + [first] * TOGETHER + [second] * TOGETHER

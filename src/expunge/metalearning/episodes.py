@@ -74,8 +74,8 @@ class Episode:
     def from_dict(cls, raw: dict[str, Any]) -> Episode:
         """Inverse of `to_dict`."""
         points = {int(done): Point(forget, retain) for done, forget, retain in raw["points"]}
-        if raw["role"] not in get_args(Role):
-            raise ValueError(f"an episode that is {raw['role']!r}")
+        if raw.get("role") not in get_args(Role):
+            raise ValueError(f"an episode for {raw.get('role')!r}: by another version")
         lists = ("knobs", "features", "places", "returns")
         return cls(**raw | {"points": points} | {k: tuple(map(_frozen, raw[k])) for k in lists})
 
@@ -143,8 +143,8 @@ def lessons(folder: Path, looks: LookKind, knobs: Mapping[str, Any]) -> list[Epi
     path = folder / EPISODES_NAME
     try:
         header, episodes = _read(path)
-        found = [one for one in episodes if one.role in ("usual", "drawn", "explored")]
-        if not any(one.role == "explored" for one in found):
+        found = [one for one in episodes if one.role not in ("last", "trial")]
+        if all(one.role == "usual" for one in found):
             raise ValueError("no episode that a policy could learn from")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RecipeError(
@@ -156,14 +156,14 @@ def lessons(folder: Path, looks: LookKind, knobs: Mapping[str, Any]) -> list[Epi
     if header.get("looks") != looks:
         raise RecipeError(
             what="The policy that policy_from names learned from other looks than this run has",
-            got=f"looks by {header.get('looks', 'an unknown measure')}",
+            got=f"looks by {header.get('looks')}",
             allowed=f"looks by {looks}",
             fix="set reward as that run had it, or leave policy_from out",
         )
     if header.get("knobs") != dict(knobs):
         raise RecipeError(
             what="The policy that policy_from names sets other knobs than this run has",
-            got=str(header.get("knobs", "knobs of unknown ranges, by an earlier version")),
+            got=str(header.get("knobs")),
             allowed=str(dict(knobs)),
             fix="name a run of the same objective and version, or leave policy_from out",
         )

@@ -127,11 +127,11 @@ def _rewards(axis: Axes, learned: LearnedRun) -> None:
     played = [episode.reward for episode in learned.episodes]
     n = len(played)
     one = "trial" if learned.searched else "episode"
-    drawn = sum(episode.role == "drawn" for episode in learned.episodes)
+    by_chance = sum(episode.role == "drawn" for episode in learned.episodes)
     for numbers, marker, colour, label in (
-        (range(1, 1 + drawn), "D", "white", "knobs drawn evenly"),
-        (range(1 + drawn, n), "o", SKY, one if learned.searched else "by the policy"),
         (range(min(n, 1)), "o", "white", "usual values, a whole run"),
+        (range(1, 1 + by_chance), "D", "white", "knobs drawn evenly"),
+        (range(1 + by_chance, n), "o", SKY, one if learned.searched else "by the policy"),
     ):
         if numbers:
             rewards = [played[number] for number in numbers]
@@ -139,10 +139,10 @@ def _rewards(axis: Axes, learned: LearnedRun) -> None:
                 numbers, rewards, marker, color=SKY, markerfacecolor=colour, markersize=5,
                 label=label,
             )  # fmt: skip
-    if n > 2 + drawn and not learned.searched:
-        mean = _running_mean(played[1 + drawn :], WINDOW)
+    if n > 2 + by_chance and not learned.searched:
+        mean = _running_mean(played[1 + by_chance :], WINDOW)
         label = f"mean of the last {WINDOW}"
-        axis.plot(range(1 + drawn, n), mean, color=BLUE, linewidth=2, label=label)
+        axis.plot(range(1 + by_chance, n), mean, color=BLUE, linewidth=2, label=label)
     label = "taken" if learned.searched else f"last run ({learned.last.steps} steps)"
     place = learned.last.number if learned.searched else n
     axis.plot([place], [learned.last.reward], "*", color=VERMILLION, markersize=13, label=label)

@@ -118,7 +118,7 @@ class Episodes:
 
     @property
     def steps(self) -> int:
-        """Inner steps of an episode that teaches; a search tries whole runs."""
+        """Inner steps of a short episode; a search tries whole runs."""
         recipe = self.recipe
         if self.searches:
             return recipe.steps
@@ -220,12 +220,17 @@ class Episodes:
 
     def _begins_round(self, number: int) -> bool:
         beyond = number - self.least
-        return number == 1 + self.policy_settings.drawn or (beyond >= 0 and beyond % TOGETHER == 0)
+        return number == self.first or (beyond >= 0 and beyond % TOGETHER == 0)
+
+    @property
+    def first(self) -> int:
+        """Number of the first episode that the policy plays."""
+        return 1 + self.policy_settings.drawn
 
     @property
     def least(self) -> int:
         """Episodes before the policy is first updated."""
-        return 1 + self.policy_settings.drawn + self.policy_settings.warm_up
+        return self.first + self.policy_settings.warm_up
 
     @property
     def teaching(self) -> list[Trajectory]:
@@ -239,16 +244,17 @@ class Episodes:
         return self._begun(seen)
 
     def _begun(self, seen: Sequence[Episode]) -> Policy:
-        """A policy around the usual values, or around those drawn that gained more in as long.
+        """A policy around the usual values, or those drawn that gained more in as many steps.
 
         A policy that begins where nothing is forgotten, or everything is lost, has nothing to learn
-        from (LOG.md, "Where a policy begins").
+        from (LOG.md, "Where a policy begins"). What ended early is no place to begin.
         """
         places, most = [scale.start for scale in self.scales], 0.0
         for one in seen:
-            if one.returns and (one.role == "usual" or one.returns[0] > most):
+            if one.role == "usual":
                 most = one.returns[0]
-                places = list(one.places[0]) if one.role == "drawn" else places
+            elif one.ended == "whole" and one.returns[0] > most:
+                places, most = list(one.places[0]), one.returns[0]
         return Policy.starting(places, self.policy_settings)
 
     def note(self) -> str:
@@ -269,10 +275,10 @@ class Episodes:
             return "trial"
         if number == 0:
             return "usual"
-        return "drawn" if number <= self.policy_settings.drawn else "explored"
+        return "drawn" if number < self.first else "explored"
 
     def actor(self, number: int) -> Actor:
-        """That of an episode: a trial's, the usual values first, or one around the policy."""
+        """That of an episode: a search's, with the usual values first, or one around the policy."""
         if self.role_of(number) != "explored":
             return trial(self.scales, self.recipe.seed, number)
         return Explorer(self.acting, np.random.default_rng([self.recipe.seed, number]))

@@ -134,12 +134,12 @@ class Scale:
 
     @property
     def start_share(self) -> float:
-        """Where a policy begins: at the usual value, but a tenth of the range from its ends."""
+        """The usual value's, but a tenth off the ends: where a policy begins at first."""
         return min(max(self.usual_share, 0.1), 0.9)
 
     @property
     def start(self) -> float:
-        """The place of the usual value."""
+        """The place of `start_share`."""
         return math.log(self.start_share / (1 - self.start_share))
 
     def to_dict(self) -> dict[str, Any]:
@@ -186,11 +186,12 @@ def steps_of_action(given: int | Literal["auto"], steps: int) -> int:
 
 
 def steps_of_episode(given: int | Literal["auto"], steps: int, action: int) -> int:
-    """Steps of an episode, for a run of ``steps`` with so many to an action.
+    """Steps of a short episode, for a run of ``steps`` with so many to an action: whole actions.
 
     Auto: two actions, of which the second can answer to what the first one did.
     """
-    return min(steps, 2 * action) if given == "auto" else given
+    actions = 2 if given == "auto" else math.ceil(given / action)
+    return min(steps, actions * action)
 
 
 # (state) -> the places of all knobs
