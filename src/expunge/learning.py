@@ -156,13 +156,18 @@ class Learning:
         beside: Sequence[Trainer] = (),
         balance: bool = True,
     ) -> Trainer:
-        """A trainer on this bench. ``steps``: if not the recipe's; for the rest see `Trainer`."""
+        """A trainer on this bench; for the rest see `Trainer`.
+
+        Args:
+            steps: if fewer than the recipe's: the beginning of such a run.
+        """
         entry = objective_of(recipe)
         cut = self.cut(recipe)
         micro = 0 if recipe.micro_batch_size == "auto" else recipe.micro_batch_size
         chosen = {
             "lr": self.usual(recipe)["lr"],
             "steps": steps or recipe.steps,
+            "whole_steps": recipe.steps,
             "target": entry.extras["target"] if recipe.target == "auto" else recipe.target,
             "micro_batch_size": micro or self.micro_batch_size,
         }
@@ -173,7 +178,9 @@ class Learning:
             cut.retain,
             objective=partial(entry.part, **settings_of(entry, recipe.objective_settings)),
             tradeoff=tradeoff,
-            settings=TrainingSettings(**{n: getattr(recipe, n) for n in names} | chosen),
+            settings=TrainingSettings(
+                **{n: getattr(recipe, n) for n in names if n not in chosen}, **chosen
+            ),
             needs=needs_of(recipe),
             twins=cut.twins,
             directions=self.where(recipe).directions,

@@ -151,6 +151,17 @@ def test_the_first_episode_is_a_whole_run_with_the_usual_values(bench: Workbench
     assert gained < whole
 
 
+@pytest.mark.parametrize("schedule", ["linear", "constant"])
+def test_a_short_episode_is_the_beginning_of_a_run(bench: Workbench, schedule: str) -> None:
+    """So that what it finds of a learning rate holds for the run."""
+    found = episodes(bench, steps=8, episode_steps=4, lr_schedule=schedule)
+    whole, _ = found.play(found.actor(0), 0)
+    short, _ = found.play(found.actor(0), 1)
+    assert list(short.points) == [2, 4]
+    assert {done: whole.points[done] for done in (2, 4)} == short.points
+    assert short.returns[0] == whole.returns[0] > 0
+
+
 def test_the_first_episode_is_the_run_without_learning(bench: Workbench) -> None:
     """So what is chosen from holds what there would be without learning."""
     found = episodes(bench)

@@ -281,7 +281,7 @@ class Trainer:
         lr = self.settings.lr if dials.lr is None else dials.lr
         if self.settings.lr_schedule == "constant":
             return lr
-        return lr * (1 - step / self.settings.steps)
+        return lr * (1 - step / (self.settings.whole_steps or self.settings.steps))
 
     def _accumulate(
         self,

@@ -17,9 +17,10 @@ class TrainingSettings:
 
     Attributes:
         steps: optimiser steps.
+        whole_steps: of the run that these are the beginning of; None: ``steps``.
         lr: AdamW's learning rate, at the first step.
-        lr_schedule: ``linear`` lowers it to zero over the run, which lets the retain term settle;
-            ``constant`` is RMU's.
+        lr_schedule: ``linear`` lowers it to zero over the whole run, which lets the retain term
+            settle; ``constant`` is RMU's.
         batch_size: forget texts, and retain texts, behind one step.
         micro_batch_size: texts that go through the segment together; 0: all of the batch, halved
             when memory runs out. The gradient is accumulated, so the step stays the same.
@@ -37,6 +38,7 @@ class TrainingSettings:
     steps: int
     lr: float
     batch_size: int
+    whole_steps: int | None = None
     lr_schedule: LrSchedule = "linear"
     micro_batch_size: int = 0
     weight_decay: float = 0.0
