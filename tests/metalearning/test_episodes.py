@@ -160,6 +160,7 @@ def test_a_short_episode_is_the_beginning_of_a_run(bench: Workbench, schedule: s
     assert list(short.points) == [2, 4]
     assert {done: whole.points[done] for done in (2, 4)} == short.points
     assert short.returns[0] == whole.returns[0] > 0
+    assert [row[1] for row in short.features] == [0 - 0.5, 2 / 8 - 0.5]  # shares of the run
 
 
 def test_the_first_episode_is_the_run_without_learning(bench: Workbench) -> None:

@@ -265,7 +265,7 @@ class Trainer:
         if step == 0:
             self.sight.remember_norms(topic, forget)
         points = self.watch.points if self.watch is not None else {}
-        dials = self.tradeoff.at(step, self.settings.steps, points)
+        dials = self.tradeoff.at(step, self.settings.run_steps, points)
         try:
             return _Part(topic, dials, self._accumulate(step, topic, forget, retain, dials))
         except (RuntimeError, MemoryError) as error:
@@ -281,7 +281,7 @@ class Trainer:
         lr = self.settings.lr if dials.lr is None else dials.lr
         if self.settings.lr_schedule == "constant":
             return lr
-        return lr * (1 - step / (self.settings.whole_steps or self.settings.steps))
+        return lr * (1 - step / self.settings.run_steps)
 
     def _accumulate(
         self,

@@ -48,3 +48,8 @@ class TrainingSettings:
     first_token: FirstToken = "retain"
     master_weights: bool = True
     save_every: int = 25
+
+    @property
+    def run_steps(self) -> int:
+        """Steps of the whole run, over which the rate falls and a trade-off reckons its share."""
+        return self.whole_steps or self.steps
