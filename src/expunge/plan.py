@@ -212,8 +212,8 @@ def plan(
             "auto" if episode_steps is None else episode_steps, steps, action
         )
         # The first episode is as long as the run.
-        taught = episodes - 1
-        looks = taught * math.ceil(episode_steps / action) + 2 * math.ceil(steps / action)
+        short = episodes - 1
+        looks = short * math.ceil(episode_steps / action) + 2 * math.ceil(steps / action)
         by_angles = reward == "representation"
         look = segment if by_angles else sum(layers[trained[0] :]) + shapes.head
         before = below if by_angles else sum(layers[: trained[0]])
@@ -228,7 +228,7 @@ def plan(
         flops_looks = flops_of(looks, look_items)
         most = CLOSER_TEXTS if by_angles else CLOSER
         flops_closer = flops_of(closer_looks, max(most, look_items))
-        flops_all = flops_step * (taught * episode_steps + 2 * steps)
+        flops_all = flops_step * (short * episode_steps + 2 * steps)
         learned = LearnedPlan(
             reward=reward,
             episodes=episodes,
