@@ -113,9 +113,11 @@ def play_search(
         actor = constant(episodes.scales, asked)
         episode, _ = episodes.play(actor, number)
         episodes.played.append(episode)
-        tell(episode.returns[0])
-        if episode.returns[0] > best:
-            best, found = episode.returns[0], actor
+        # As where a policy begins: what ended early is worth nothing.
+        gained = episode.returns[0] if episode.ended == "whole" else 0.0
+        tell(gained)
+        if gained > best:
+            best, found = gained, actor
     return found
 
 

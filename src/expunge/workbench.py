@@ -27,7 +27,7 @@ from expunge.functions.base import DataSettings, FunctionData
 from expunge.learning import Learning, method_of, reads_outputs
 from expunge.measuring import Artefact, Measurements, Measuring
 from expunge.metalearning.calibration import CALIBRATION_NAME, Calibration, calibrate
-from expunge.metalearning.episodes import EPISODES_NAME, lessons
+from expunge.metalearning.episodes import EPISODES_NAME, RULE, lessons
 from expunge.metalearning.exploring import Players, explore
 from expunge.metalearning.looking import guard, kind_of, knob_ranges
 from expunge.model.apply import part_within
@@ -321,7 +321,7 @@ class Workbench:
         }
         if recipe.tradeoff in EXPLORING:
             # What was found by other looks or knobs is not gone on with, whatever "auto" means.
-            facts |= {"looks": kind_of(recipe), "knobs": knob_ranges(recipe)}
+            facts |= {"looks": kind_of(recipe), "knobs": knob_ranges(recipe), "rule": RULE}
         if self.start is not None:
             facts["start"] = {
                 name: fingerprint(delta, delta.dtype) for name, delta in self.start.deltas.items()

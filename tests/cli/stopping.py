@@ -25,7 +25,7 @@ def run_until(
 ) -> subprocess.CompletedProcess[str]:
     """Run ``expunge`` with ``args`` until the ``number``-th call of ``place``; 0: to the end.
 
-    Returns when all that it began has ended too; that it outlived the command is a failure.
+    On Linux, returns when all that it began has ended too; a minute later that is a failure.
 
     Args:
         place: a module, a class in it or "", and a function.
@@ -57,10 +57,12 @@ def _copied(request: dict[str, Any]) -> tuple[int, bool]:
         zygote.stdin.flush()
         code, outlived = json.loads(zygote.stdout.readline())
     except BaseException:
-        # What it says next would be of this command.
+        # What it says next would be of this command, which ends with it.
         zygote.kill()
+        zygote.communicate()
         _zygote.cache_clear()
         raise
+    assert code != -signal.SIGALRM, "the command took too long"
     return code, outlived
 
 

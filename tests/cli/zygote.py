@@ -14,14 +14,15 @@ import json
 import os
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import expunge.cli
 import expunge.preloaded
 
-LONGEST = 120  # seconds that a command may take, and then those that it leaves behind
-PR_SET_CHILD_SUBREAPER = 36
+LONGEST, AFTER = 120, 60  # seconds that a command may take, and those that it leaves behind
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 
 
 def take_over(request: dict[str, Any]) -> None:
@@ -59,12 +60,16 @@ def watch(module: str, owner: str, name: str, number: int, when: str, signal_num
 
 def asked() -> dict[str, Any] | None:
     """In a copy, what it is to do; None once there is nothing more to be told."""
+    libc = ctypes.CDLL(None)
     # Those that a command leaves behind become this process's children.
-    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    assert libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the tests; this ends with them
     for line in sys.stdin:
         child = os.fork()
         if child == 0:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             os.setsid()
+            libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
             return dict(json.loads(line))
         _, status = os.waitpid(child, 0)
         outlived = not ended(child)
@@ -77,11 +82,12 @@ def ended(group: int) -> bool:
 
     def kill(*_: Any) -> None:
         killed.append(group)
-        os.killpg(group, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)
 
     killed: list[int] = []
     signal.signal(signal.SIGALRM, kill)
-    signal.alarm(LONGEST)
+    signal.alarm(AFTER)
     try:
         while True:
             os.waitpid(-group, 0)

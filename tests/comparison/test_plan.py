@@ -128,6 +128,8 @@ def test_the_built_in_plan_teaches_a_policy(tmp_path: Path, function: str) -> No
     assert (taught.tradeoff, taught.episodes, taught.steps) == ("learned", 16, 60)
     assert taught.episodes > 1 + PolicySettings().drawn + PolicySettings().warm_up
     assert search.episodes * search.steps == 2 * 60 + 15 * 12
+    # The second action can answer to what the first one did.
+    assert (taught.episode_steps, taught.action_every) == (12, 6)
 
 
 def test_settings_reach_into_the_built_in_plan(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from expunge import miniature
 from expunge.errors import RecipeError, TrainingError
 from expunge.evaluation.pareto import hypervolume
+from expunge.metalearning import episodes as episodes_module
 from expunge.metalearning.archive import Archive, load_front
 from expunge.metalearning.episodes import EPISODES_NAME, Episode, EpisodeLog, Role, lessons
 from expunge.metalearning.looking import knob_ranges
@@ -387,14 +388,26 @@ def test_a_policy_does_not_begin_where_an_episode_ended_early(bench: Workbench, 
     assert found.policy.mean(State(0.0, START, 0)) == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize(("steps", "beats"), [(6, True), (7, False)])
+def test_the_usual_run_counts_as_far_as_it_got(bench: Workbench, steps: int, beats: bool) -> None:
+    """One that ended within a short episode's steps, of six, is no place to begin either."""
+    found = episodes(bench)
+    usual, drawn = first_episodes(len(found.scales), 0.5, [0.2])
+    for one in (replace(usual, ended="collapsed", steps=steps), drawn):
+        found.learn(one)
+    assert (found.policy.mean(State(0.0, START, 0)) == 0.0).all() == beats
+
+
 def test_another_run_s_policy_is_learned_again(bench: Workbench, tmp_path: Path) -> None:
     """From where it began, by every episode."""
     teacher = episodes(bench)
     named = ({scale.knob.name: 0.1 for scale in teacher.scales},)
     drawn = first_episodes(len(teacher.scales), 0.1, [0.0, 0.2, 0.5, 0.4, 0.3])
     first = [replace(one, knobs=named) for one in drawn]
-    for one in (*first, *(explored(teacher, number) for number in range(FIRST, LEAST + 1))):
+    for one in first:
         teacher.learn(one)
+    for number in range(FIRST, LEAST + 1):
+        teacher.learn(explored(teacher, number))
     ranges = knob_ranges(bench.recipe)
     log = EpisodeLog(tmp_path / EPISODES_NAME, "here", "representation", ranges)
     log.write([*teacher.played, replace(some(LEAST + 1, "last"), knobs=named)])
@@ -406,7 +419,7 @@ def test_another_run_s_policy_is_learned_again(bench: Workbench, tmp_path: Path)
     assert taught.policy.weights[:, 0] == pytest.approx(begun.weights[:, 0], abs=1.5)
 
 
-def test_what_another_run_teaches(tmp_path: Path) -> None:
+def test_what_another_run_teaches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All that its policy rests on, in its order; not the run that followed."""
     log = EpisodeLog(tmp_path / EPISODES_NAME, "here", "likelihood", RANGES)
     of_no_use: list[list[Role]] = [[], ["usual"], ["usual", "last"], ["trial", "trial"]]
@@ -415,6 +428,12 @@ def test_what_another_run_teaches(tmp_path: Path) -> None:
         with pytest.raises(RecipeError, match="no learned policy"):
             lessons(tmp_path, "likelihood", RANGES)
     taught = [some(0, "usual"), some(1, "drawn")]
+    with monkeypatch.context() as patched:
+        patched.setattr(episodes_module, "RULE", "an earlier one")
+        log.write(taught)
+    with pytest.raises(RecipeError, match="no learned policy") as told:
+        lessons(tmp_path, "likelihood", RANGES)
+    assert "another version" in told.value.got
     for seen in (taught, [*taught, some(2), some(3)]):
         log.write([*seen, some(len(seen), "last")])
         assert lessons(tmp_path, "likelihood", RANGES) == seen

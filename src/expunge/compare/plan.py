@@ -221,8 +221,10 @@ def miniature_settings(data: Path, *, quick: bool = False) -> dict[str, Any]:
         else {"trials": 5}
     )
     settings: dict[str, dict[str, dict[str, Any]]] = {
-        # With as many steps as a search, enough episodes to learn from.
-        f"cosine-rmu{LEARNED}": {name: {"episode_steps": 12} for name in FUNCTIONS},
+        # Of as many steps as a search, enough episodes to learn from, each of two actions.
+        f"cosine-rmu{LEARNED}": {
+            name: {"episode_steps": 12, "action_every": 6} for name in FUNCTIONS
+        },
         # What wants pairs is given the same beginnings with an answer that tells nothing.
         **{name: {"knowledge": refusals} for name in ("dpo", "profs")},
         # Published coefficients and weights are those of 7B models; a search around them

@@ -107,6 +107,9 @@ def candidates(n_layers: int, trained: Sequence[int] = ()) -> tuple[int, ...]:
 def calibrate(learning: Learning, recipe: Recipe) -> Calibration:
     """Try the candidate layers; the seed is 0 whatever the recipe's, so that seeds agree.
 
+    Each has a short run of its own, whose rate falls to zero within it: nothing but the layer is
+    taken from it.
+
     Raises:
         DataError: there is nothing to look at on validation.
     """

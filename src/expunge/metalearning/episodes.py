@@ -17,6 +17,8 @@ from expunge.training.policy import Trajectory
 from expunge.training.watch import Point
 
 EPISODES_NAME = "episodes.jsonl"
+# By what rule episodes are played. A policy learns from no others.
+RULE = "short episodes are the beginning of a run"
 
 Ended = Literal["whole", "collapsed", "diverged"]
 # What an episode is for: a whole run by the usual values; knobs drawn evenly, of which the best are
@@ -101,7 +103,8 @@ class EpisodeLog:
 
     def write(self, episodes: Sequence[Episode]) -> None:
         """The whole log anew, atomically."""
-        header = {"context": self.context, "looks": self.looks, "knobs": dict(self.knobs)}
+        facts = {"looks": self.looks, "knobs": dict(self.knobs)}
+        header = {"rule": RULE, "context": self.context, **facts}
         lines = [header, *(one.to_dict() for one in episodes)]
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in lines))
 
@@ -143,6 +146,8 @@ def lessons(folder: Path, looks: LookKind, knobs: Mapping[str, Any]) -> list[Epi
     path = folder / EPISODES_NAME
     try:
         header, episodes = _read(path)
+        if header.get("rule") != RULE:
+            raise ValueError("episodes by another version, whose rule was another")
         found = [one for one in episodes if one.role not in ("last", "trial")]
         if all(one.role == "usual" for one in found):
             raise ValueError("no episode that a policy could learn from")

@@ -252,7 +252,7 @@ class Episodes:
         places, most = [scale.start for scale in self.scales], 0.0
         for one in seen:
             if one.role == "usual":
-                most = one.returns[0]
+                most = one.returns[0] if one.ended == "whole" or one.steps > self.steps else 0.0
             elif one.ended == "whole" and one.returns[0] > most:
                 places, most = list(one.places[0]), one.returns[0]
         return Policy.starting(places, self.policy_settings)

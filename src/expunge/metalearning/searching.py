@@ -1,7 +1,8 @@
 """Random search over the knobs that a learned trade-off moves: the plain rival of learning.
 
 Each trial is a run of full length that holds its knobs; the first keeps to the usual values. Trials
-with one seed differ in nothing else.
+with one seed differ in nothing else. What learning draws before its policy begins is the same, but
+short.
 """
 
 from __future__ import annotations

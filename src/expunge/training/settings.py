@@ -49,6 +49,9 @@ class TrainingSettings:
     master_weights: bool = True
     save_every: int = 25
 
+    def __post_init__(self) -> None:
+        assert self.steps <= self.run_steps, "a beginning is no longer than the whole"
+
     @property
     def run_steps(self) -> int:
         """Steps of the whole run, over which the rate falls and a trade-off reckons its share."""

@@ -173,7 +173,7 @@ def scales_of(knobs: Sequence[Knob], usual: Mapping[str, float]) -> tuple[Scale,
 
 @dataclass(frozen=True)
 class State:
-    """What a policy sees: the share of steps done, the latest point, which action it is."""
+    """What a policy sees: the share of the run done, the latest point, which action it is."""
 
     share: float
     point: Point
