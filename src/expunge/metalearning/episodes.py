@@ -18,7 +18,7 @@ from expunge.training.watch import Point
 
 EPISODES_NAME = "episodes.jsonl"
 # By what rule episodes are played. A policy learns from no others.
-RULE = "short episodes are the beginning of a run"
+RULE = "short episodes are the beginning of a run, below the floor a hundredth counts"
 
 Ended = Literal["whole", "collapsed", "diverged"]
 # What an episode is for: a whole run by the usual values; knobs drawn evenly, of which the best are

@@ -39,8 +39,9 @@ from expunge.training.tradeoff import (
 )
 from expunge.training.watch import Point, Watch
 
-# What hypervolume below the floor counts in what the policy learns from.
-BELOW = 0.1
+# What hypervolume below the floor counts in what the policy learns from: enough to tell apart those
+# that get no further, too little to be worth a loss of the rest.
+BELOW = 0.01
 # Episodes that one policy plays after its first update. Two keep two cores busy; the number does
 # not follow the machine, so that neither does what is learned.
 TOGETHER = 2
