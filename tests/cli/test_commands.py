@@ -472,9 +472,9 @@ def test_plan_of_a_learned_tradeoff_with_other_numbers(cli, world):
     ]
     plan = cli("plan", "--model", world.model, *asked, "--json").json
     learned = plan["learned"]
-    # Actions at steps 0, 3, … 24 of an episode; 14 in the run and in the first, as long.
+    # 25 steps take nine actions of 3, which are 27; 14 in the run and in the first, as long.
     assert (learned["looks"], learned["look_items"]) == (4 * 9 + 2 * 14, 7)
-    assert learned["flops_train"] == plan["flops_train"] / 40 * (4 * 25 + 2 * 40)
+    assert learned["flops_train"] == plan["flops_train"] / 40 * (4 * 27 + 2 * 40)
     assert cli("plan", "--model", world.model, "--episodes", 0, "--json").json["learned"] is None
 
 
