@@ -156,11 +156,7 @@ class Learning:
         beside: Sequence[Trainer] = (),
         balance: bool = True,
     ) -> Trainer:
-        """A trainer on this bench; for the rest see `Trainer`.
-
-        Args:
-            steps: if fewer than the recipe's: the beginning of such a run.
-        """
+        """A trainer on this bench; with ``steps``, of a run's beginning. The rest: `Trainer`."""
         entry = objective_of(recipe)
         cut = self.cut(recipe)
         micro = 0 if recipe.micro_batch_size == "auto" else recipe.micro_batch_size
@@ -171,16 +167,14 @@ class Learning:
             "target": entry.extras["target"] if recipe.target == "auto" else recipe.target,
             "micro_batch_size": micro or self.micro_batch_size,
         }
-        names = TrainingSettings.__dataclass_fields__
+        names = TrainingSettings.__dataclass_fields__.keys() - chosen.keys()
         return Trainer(
             cut.segment,
             cut.forget,
             cut.retain,
             objective=partial(entry.part, **settings_of(entry, recipe.objective_settings)),
             tradeoff=tradeoff,
-            settings=TrainingSettings(
-                **{n: getattr(recipe, n) for n in names if n not in chosen}, **chosen
-            ),
+            settings=TrainingSettings(**{n: getattr(recipe, n) for n in names}, **chosen),
             needs=needs_of(recipe),
             twins=cut.twins,
             directions=self.where(recipe).directions,
