@@ -19,7 +19,7 @@ from expunge import plan as plan_module
 from expunge.errors import RecipeError
 from expunge.learning import objective_of
 from expunge.model.structure import find_structure
-from expunge.presets import PRESETS, find_preset, preset
+from expunge.presets import PRESETS, find_preset, named_preset, preset
 from expunge.recipe import Recipe
 from expunge.registry import settings_of
 
@@ -149,6 +149,24 @@ def test_unknown_preset() -> None:
         preset("lama-3.1-8b")
     assert "'lama-3.1-8b'" in error.value.got and "llama-3.1-8b" in error.value.fix
     assert "mistral-7b" in error.value.allowed
+
+
+def test_a_preset_has_many_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mistral = PRESETS["mistral-7b"]
+    for name in ("mistral-7b", "Mistral-7B", *mistral.hub_names, "huggingfaceh4/zephyr-7b-beta"):
+        assert named_preset(name) is mistral
+    assert named_preset("mistral") is None and named_preset("someone/mistral-7b") is None
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mistral-7b").mkdir()
+    assert named_preset("mistral-7b") is None
+
+
+def test_a_hub_name_is_planned_without_its_files() -> None:
+    by_hub, by_preset = (
+        plan_module.plan(name, device="h100", tokens=16)
+        for name in ("Qwen/Qwen2.5-7B-Instruct", "qwen2.5-7b")
+    )
+    assert by_hub == by_preset
 
 
 def test_presets_are_read_without_torch() -> None:

@@ -14,17 +14,18 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from expunge.defaults import resolve_device, resolve_dtype, resolve_layers
-from expunge.errors import RecipeError
+from expunge.errors import ModelError, RecipeError
 from expunge.evaluation.looks import LOOK_KINDS
 from expunge.metalearning.choosing import CLOSER, CLOSER_TEXTS, SCALE_LOOKS
 from expunge.metalearning.looking import texts_beside
 from expunge.model.checkpoint import Checkpoint
-from expunge.presets import PRESETS
+from expunge.presets import PRESETS, Preset, named_preset
 from expunge.recipe import Recipe
 from expunge.training.tradeoff import steps_of_action, steps_of_episode
 
@@ -148,8 +149,8 @@ def plan(
     What is None, and ``layer: auto``, is the preset's, or else the recipe's default.
 
     Args:
-        model: a preset's name, a directory (``./NAME`` where a preset has its name), or a name on
-            the Hub.
+        model: a directory, a preset's name, or a name on the Hub. One that a preset stands for is
+            counted by the preset, whose vocabulary may differ a little, and nothing is fetched.
         layer: deepest layer read, or ``auto``.
         tokens: of every text; each step reads ``batch_size`` forget and as many retain texts.
         device: ``auto``, ``cpu``, ``cuda``, …, which is measured, or a key of PUBLISHED.
@@ -170,7 +171,8 @@ def plan(
             allowed=", ".join(LOOK_KINDS),
             fix="likelihood is a run's default",
         )
-    brought = PRESETS[model].settings if model in PRESETS else {}
+    preset = named_preset(model)
+    brought = preset.settings if preset else {}
 
     def chosen(given: Any, name: str) -> Any:
         default = brought.get(name, Recipe.model_fields[name].default)
@@ -180,7 +182,7 @@ def plan(
     steps, batch_size = chosen(steps, "steps"), chosen(batch_size, "batch_size")
     tokens, dtype = chosen(tokens, "max_tokens"), chosen(dtype, "dtype")
     width = resolve_dtype(dtype).itemsize
-    shapes = Shapes.of(model)
+    shapes = Shapes.of(preset or model)
     wanted = None
     if layer == "auto" and brought:
         layer, wanted = brought["layer"], brought["trained_layers"]
@@ -275,18 +277,28 @@ class Shapes:
     tensors: Mapping[str, tuple[int, int]]
 
     @classmethod
-    def of(cls, model: str) -> Shapes:
+    def of(cls, model: Preset | str) -> Shapes:
         """Of a preset, a directory, or a model on the Hub. Raises ModelError if it is none."""
-        if model in PRESETS:
-            config = PRESETS[model].config
-            parameters = PRESETS[model].meta_model().named_parameters()
+        if isinstance(model, Preset):
+            config = model.config
+            parameters = model.meta_model().named_parameters()
             return cls(
                 config["num_hidden_layers"],
                 config["hidden_size"],
                 config["intermediate_size"],
                 {name: (p.numel(), p.numel() * p.itemsize) for name, p in parameters},
             )
-        checkpoint = Checkpoint.open(model)
+        try:
+            checkpoint = Checkpoint.open(model)
+        except ModelError as error:
+            if Path(model).exists():
+                raise
+            raise ModelError(
+                what=error.what,
+                got=error.got,
+                allowed=f"{error.allowed}; or a preset, {', '.join(PRESETS)}",
+                fix=error.fix,
+            ) from error
         return cls(
             checkpoint.n_layers,
             checkpoint.hidden_size,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from expunge.errors import RecipeError
@@ -72,6 +73,20 @@ def preset(name: str) -> Preset:
             fix=nearest(name, PRESETS),
         )
     return PRESETS[name]
+
+
+def named_preset(name: str) -> Preset | None:
+    """The preset of that name or of that model on the Hub, in any case, or None.
+
+    A directory of that name goes first, as it does in transformers.
+    """
+    if Path(name).is_dir():
+        return None
+    wanted = name.lower()
+    for one in PRESETS.values():
+        if wanted in (one.name, *map(str.lower, one.hub_names)):
+            return one
+    return None
 
 
 def find_preset(config: Mapping[str, Any]) -> Preset | None:

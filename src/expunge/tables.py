@@ -191,7 +191,8 @@ def print_plan(console: Console, plan: Plan) -> None:
         "work, looks": "none",
         "work, end": "none",
         "weights, optimiser": f"{_gib(plan.memory_weights)} GiB",
-        "a step": f"{_gib(plan.memory_step)} GiB (estimate)",
+        "a step, estimate": f"{_gib(plan.memory_step)} GiB",
+        "both, estimate": f"{_gib(plan.memory_weights + plan.memory_step)} GiB",
         "boundaries": f"{_gib(plan.memory_boundaries)} GiB, RAM or file",
         "time": f"about {_duration(plan.seconds)}",
     }
@@ -216,6 +217,7 @@ def print_plan(console: Console, plan: Plan) -> None:
             "work, looks": f"{learned.flops_looks:.2e}: {looks}",
             "work, end": f"{learned.flops_closer:.2e}: {learned.closer_looks} closer looks",
             "weights, optimiser": f"{_gib(learned.memory_weights)} GiB",
+            "both, estimate": f"{_gib(learned.memory_weights + plan.memory_step)} GiB",
             "time": f"about {_duration(learned.seconds)}",
         }
         table.add_column("learned trade-off")

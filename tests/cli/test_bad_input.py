@@ -372,6 +372,10 @@ def test_bad_model_of_a_plan(cli, world, tmp_path, case):
     check(cli("plan", "--model", make(world, tmp_path)), MODEL, *said)
 
 
+def test_a_plan_names_the_presets(cli):
+    check(cli("plan", "--model", "lama-3.1-8b"), MODEL, "lama-3.1-8b", "or a preset", "mistral-7b")
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [

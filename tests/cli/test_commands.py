@@ -514,6 +514,15 @@ def test_plan_of_a_preset_without_its_files(cli):
     assert (deeper["matmul_flops"], deeper["learned"]["episode_steps"]) == (67e12, 2)
 
 
+def test_a_plan_as_a_table_adds_the_memory_up(cli):
+    asked = ("plan", "--model", "Qwen/Qwen2.5-7B", "--device", "h100")
+    plan, table = cli(*asked, "--json").json, cli(*asked).out
+    step, learned = plan["memory_step"], plan["learned"]["memory_weights"]
+    one, both = (f"{(it + step) / 2**30:.2f} GiB" for it in (plan["memory_weights"], learned))
+    row = next(line for line in table.splitlines() if line.strip("│┃ ").startswith("both"))
+    assert one in row and both in row
+
+
 def test_a_reward_that_there_is_not_cannot_be_planned(cli, world):
     result = cli("plan", "--model", world.model, "--reward", "bleu")
     assert result.code == 2 and "likelihood, representation" in " ".join(result.err.split())
